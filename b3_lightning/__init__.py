@@ -1,0 +1,25 @@
+"""Contrastive training of embedding models on batches mined to be hard (B3, arXiv 2505.11293).
+
+pairs file -> ``data.pairs.PairTable`` -> teacher vectors -> ``mining.mine``: neighbours, edges, communities, clusters
+-> ``mining.BatchPlan`` -> ``data.PairsDataModule`` -> ``model.ContrastiveModule`` -> export, metrics.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "MinedPlan": "b3_lightning.mining",
+    "MiningSettings": "b3_lightning.mining",
+    "mine": "b3_lightning.mining",
+    "ContrastiveModule": "b3_lightning.model",
+    "PairsDataModule": "b3_lightning.data",
+}
+__all__ = ["__version__", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'b3_lightning' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

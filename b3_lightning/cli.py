@@ -1,0 +1,298 @@
+"""The command line: LightningCLI with ``mine`` beside fit, validate, test and predict, and verbs without a model."""
+
+from __future__ import annotations
+
+import argparse
+import netrc
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+import lightning as L
+import yaml
+from jsonargparse import DefaultHelpFormatter
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from rich.console import Console
+from rich.table import Table
+
+from b3_lightning.callbacks import EmbeddingWriter, Export, Remine
+from b3_lightning.data import PairsDataModule
+from b3_lightning.data.glyphs import write_glyphs
+from b3_lightning.mining import MinedPlan
+from b3_lightning.model import ContrastiveModule
+from b3_lightning.reports.compare import compare_runs
+from b3_lightning.reports.plan import write_plan_report
+
+DESCRIPTION = "Train embedding models on batches mined to be hard (B3)."
+EPILOG = """also:
+  glyphs --output DIR       write the quickstart's data: pictures of characters and their names
+  compare RUN RUN ...       the metrics of finished runs side by side
+
+start with:
+  python -m b3_lightning glyphs --output data/glyphs
+  python -m b3_lightning fit --config configs/quickstart.yaml
+  python -m b3_lightning fit --help             every setting of a config
+"""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where a run lives and how it is logged.
+
+    Args:
+        dir: the run's folder: config.yaml, metrics.csv, checkpoints, plans, export, wandb.
+        project: of W&B.
+        group: of W&B; runs to be compared share one. Absent: the folder's name.
+        tags: of W&B.
+        wandb: ``auto`` is online where a key is set and offline elsewhere.
+    """
+
+    dir: str = "runs/default"
+    project: str = "b3_lightning"
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+
+    def is_offline(self) -> bool:
+        """Does W&B stay on this machine?"""
+        if self.wandb != "auto":
+            return self.wandb == "offline"
+        if os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
+            return True
+        return not _has_wandb_key()
+
+
+def _has_wandb_key() -> bool:
+    """Did the user log in, by WANDB_API_KEY or ``wandb login`` (which writes ~/.netrc)?"""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    return path.is_file() and netrc.netrc(path).authenticators(host) is not None
+
+
+class B3Trainer(L.Trainer):
+    """Lightning's Trainer, which also mines without training."""
+
+    def mine(self, model: ContrastiveModule, datamodule: PairsDataModule, output: str) -> MinedPlan:
+        """Mine the training pairs into a plan and write it with a report.
+
+        Args:
+            output: the folder to write.
+        """
+        datamodule.trainer = self
+        model.trainer = self
+        self.strategy._lightning_module = model
+        if datamodule.teacher == "student":
+            model.configure_model()
+        mined = datamodule.mine(miner="teacher")
+        mined.save(output)
+        write_plan_report(mined, datamodule.pairs("train"), Path(output) / "report.md")
+        return mined
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Keep config.yaml in the run's folder, and give W&B the same settings."""
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_hyperparams(settings)
+
+
+class B3CLI(LightningCLI):
+    """Adds ``run`` and ``remine`` to the settings, loggers and callbacks to the trainer, and checks before a run."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "mine": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(RunSettings, "run")
+        parser.add_lightning_class_args(Remine, "remine")
+
+    @property
+    def run(self) -> RunSettings:
+        return RunSettings(**vars(self._get(self.config_init, "run")))
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        given = self._get(self.config_init, "trainer")
+        kwargs.setdefault("default_root_dir", self.run.dir)
+        if given.get("logger") is None:
+            kwargs["logger"] = self._loggers()
+        callbacks = list(given.get("callbacks") or [])
+        if self.subcommand == "fit":
+            if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+                callbacks.append(self._checkpoints())
+            callbacks.append(Export(self.parser_dump()))
+        if self.subcommand == "predict":
+            callbacks.append(EmbeddingWriter())
+        if given.get("enable_progress_bar") is not False:
+            callbacks.append(RichProgressBar(leave=True))
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def parser_dump(self) -> str:
+        """The run's settings as YAML."""
+        config = self.config.get(str(self.subcommand), self.config)
+        text: str = self._parser(self.subcommand).dump(config, skip_none=True)
+        return text
+
+    def _loggers(self) -> list[Any]:
+        if self.subcommand in ("mine", "predict"):
+            return []
+        run = self.run
+        name = "" if self.subcommand == "fit" else str(self.subcommand)
+        loggers: list[Any] = [CSVLogger(run.dir, name=name, version="")]
+        if run.wandb != "disabled" and self.subcommand == "fit":
+            loggers.append(
+                WandbLogger(
+                    project=run.project,
+                    name=Path(run.dir).name,
+                    save_dir=run.dir,
+                    offline=run.is_offline(),
+                    group=run.group or Path(run.dir).name,
+                    job_type=self._get(self.config_init, "data").batches,
+                    tags=run.tags,
+                )
+            )
+        return loggers
+
+    def _checkpoints(self) -> ModelCheckpoint:
+        has_val = self._get(self.config, "data").get("val_pairs") is not None
+        return ModelCheckpoint(
+            dirpath=Path(self.run.dir) / "checkpoints",
+            monitor="val/mrr" if has_val else None,
+            mode="max",
+            filename="epoch{epoch:04d}-step{step:06d}",
+            auto_insert_metric_name=False,
+            save_last=True,
+            save_on_exception=True,
+        )
+
+    def before_fit(self) -> None:
+        self._check(self._refuse_other_run, lambda: self.datamodule.load(*self._splits()))
+        Path(self.run.dir).mkdir(parents=True, exist_ok=True)
+        (Path(self.run.dir) / "config.yaml").write_text(self.parser_dump(), encoding="utf-8")
+
+    def before_mine(self) -> None:
+        self._check(lambda: self.datamodule.load("train"))
+
+    def _splits(self) -> list[str]:
+        return ["train", "val"] if self.datamodule.sources["val"] is not None else ["train"]
+
+    def _refuse_other_run(self) -> None:
+        folder = Path(self.run.dir)
+        resumed = self._get(self.config, "ckpt_path")
+        if resumed is None and any((folder / name).exists() for name in ("config.yaml", "metrics.csv", "checkpoints")):
+            raise ValueError(
+                f"run.dir={folder} holds another run; set --run.dir to a new folder, "
+                f"or go on with it: --ckpt_path={folder}/checkpoints/last.ckpt"
+            )
+
+    def _check(self, *checks: Callable[[], None]) -> None:
+        """Mistakes in the user's settings and data end the program with their message alone."""
+        for check in checks:
+            try:
+                check()
+            except (ValueError, FileNotFoundError) as error:
+                sys.exit(f"error: {error}")
+
+    def after_fit(self) -> None:
+        if self.trainer.is_global_zero:
+            _print_outcome(self.trainer, self.run)
+
+    def after_mine(self) -> None:
+        output = self._get(self.config, "output")
+        Console().print(f"plan and report: {output}\ntrain on it: --data.plan={output}")
+
+
+def _print_outcome(trainer: L.Trainer, run: RunSettings) -> None:
+    console = Console()
+    table = Table("metric", "last", title=f"{run.dir}: {trainer.global_step} steps, {trainer.current_epoch} epochs")
+    for name, value in sorted(trainer.callback_metrics.items()):
+        if name.startswith("val/"):
+            table.add_row(name, f"{float(value):.4f}")
+    console.print(table)
+    folder = Path(run.dir)
+    console.print(f"run      {folder}  (config.yaml, metrics.csv, checkpoints)", highlight=False)
+    console.print(f"export   {folder / 'export'}  (SentenceTransformer loads it)", highlight=False)
+    if any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
+        note = f"offline; upload with: wandb sync {folder}/wandb/offline-run-*" if run.is_offline() else "online"
+        console.print(f"W&B      {folder / 'wandb'}  ({note})", highlight=False)
+    console.print("next     python -m b3_lightning compare RUN RUN ...  |  --data.batches=random for the baseline arm")
+
+
+VERBS = ("glyphs", "compare")
+
+
+def _run_verb(given: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog=f"python -m b3_lightning {given[0]}")
+    if given[0] == "glyphs":
+        parser.description = "Write the quickstart's data: pictures of characters and their names."
+        parser.add_argument("--output", required=True, help="folder to write")
+        parser.add_argument("--size", type=int, default=32, help="pixels of a picture's side (default: 32)")
+        parser.add_argument("--seed", type=int, default=0, help="of the split by character (default: 0)")
+        write_glyphs(**vars(parser.parse_args(given[1:])))
+    else:
+        parser.description = "Print the best validation of finished runs side by side, and how their settings differ."
+        parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+        compare_runs(parser.parse_args(given[1:]).runs)
+
+
+class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the epilog."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run one command; ``args`` default to those of the process."""
+    given = list(sys.argv[1:] if args is None else args)
+    if given and given[0] in VERBS:
+        try:
+            _run_verb(given)
+        except (ValueError, FileNotFoundError) as error:
+            sys.exit(f"error: {error}")
+        return
+    _quieten()
+    mode = {"parser_mode": "omegaconf+"}
+    argv, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        B3CLI(
+            ContrastiveModule,
+            PairsDataModule,
+            trainer_class=B3Trainer,
+            trainer_defaults={"reload_dataloaders_every_n_epochs": 1, "use_distributed_sampler": False},
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={
+                **mode,
+                "prog": "python -m b3_lightning",
+                "formatter_class": _Help,
+                "description": DESCRIPTION,
+                "epilog": EPILOG,
+                **{name: dict(mode) for name in B3CLI.subcommands()},
+            },
+            args=given,
+        )
+    finally:
+        sys.argv = argv
+
+
+def _quieten() -> None:
+    """Advice of Lightning's that is about choices this program makes on purpose."""
+    for message in (
+        ".*does not have many workers.*",
+        ".*treespec, LeafSpec.*",
+        ".*lower value for log_every_n_steps.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)

@@ -1,0 +1,322 @@
+"""``PairsDataModule`` owns the pairs and the mining; callbacks decide when it mines, it knows how."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from b3_lightning.data.collate import Features, PairCollator, PairDataset
+from b3_lightning.data.images import ImageCheck, check_images
+from b3_lightning.data.pairs import PairSource, PairTable, load_pairs
+from b3_lightning.data.sampler import EpochBatches
+from b3_lightning.data.teacher import VECTOR_SUFFIXES, encode_pairs, load_teacher, load_vectors
+from b3_lightning.mining import BatchPlan, MinedPlan, MiningSettings, mine, random_clusters
+from b3_lightning.mining.batches import check_batch_size
+from b3_lightning.progress import StageProgress
+from b3_lightning.types import Embeddings
+
+log = logging.getLogger(__name__)
+
+Sources = str | PairSource | list[str | PairSource]
+Miner = Literal["teacher", "student"]
+
+
+@dataclass(frozen=True)
+class _Split:
+    pairs: PairTable
+    keys: dict[str, Tensor]
+
+
+class PairsDataModule(L.LightningDataModule):
+    """Pairs in, batches out: mined to be hard, or random.
+
+    Args:
+        train_pairs: a file, a dataset folder or hub name, a ``PairSource``, or a list of these.
+        val_pairs: the same, for validation.
+        test_pairs: the same, for ``test``; ``predict`` embeds them too.
+        image_root: folder that image paths are relative to; none may leave it.
+        batches: ``b3`` mines, ``random`` is the baseline arm with everything else the same.
+        batch_size: of the global batch, all processes together.
+        eval_batch_size: rows a process embeds at once without gradients.
+        teacher: whose vectors rank negatives: folder or name of a SentenceTransformer, a file of vectors, or
+            ``student``: the model in training, whose first epochs then run on random batches.
+        plan: folder of a plan mined before; nothing is mined at the start then.
+        mining: rank window, cluster size, algorithms.
+        num_workers: processes that read and prepare batches.
+        image_check: ``decode`` every image before training, or read only each ``header``.
+        seed: of the draw of batches.
+    """
+
+    def __init__(
+        self,
+        train_pairs: Sources | None = None,
+        val_pairs: Sources | None = None,
+        test_pairs: Sources | None = None,
+        image_root: str = ".",
+        batches: Literal["b3", "random"] = "b3",
+        batch_size: int = 64,
+        eval_batch_size: int = 256,
+        teacher: str = "student",
+        plan: str | None = None,
+        mining: MiningSettings = MiningSettings(),  # noqa: B008 - frozen
+        num_workers: int = 0,
+        image_check: ImageCheck = "decode",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batches == "b3":
+            check_batch_size(batch_size, mining.cluster_size)
+        self.sources = {"train": train_pairs, "val": val_pairs, "test": test_pairs}
+        self.image_root = Path(image_root)
+        self.batches, self.batch_size, self.eval_batch_size = batches, batch_size, eval_batch_size
+        self.teacher, self.plan_folder, self.mining = teacher, plan, mining
+        self.num_workers, self.image_check, self.seed = num_workers, image_check, seed
+        self.mined: MinedPlan | None = None
+        self._batch_plan: BatchPlan | None = None
+        self._splits: dict[str, _Split] = {}
+        self._resume_from: dict[str, Any] | None = None
+
+    # ---- pairs
+
+    def load(self, *splits: str) -> None:
+        """Read and check splits once: files, columns, images, sizes.
+
+        Raises:
+            FileNotFoundError: where a file is missing.
+            ValueError: on anything wrong with rows, images, batch size or the rank window.
+        """
+        for name in splits:
+            if name in self._splits:
+                continue
+            sources = self.sources[name]
+            if sources is None:
+                raise ValueError(f"data.{name}_pairs is not set; give a pairs file, such as --data.{name}_pairs=FILE")
+            pairs = load_pairs(sources)
+            digests = check_images(pairs.image_paths(), self.image_root, how=self.image_check)
+            keys = {side: _content_keys(pairs, side, digests) for side in ("query", "target")}
+            self._splits[name] = _Split(pairs, keys)
+        if "train" in splits:
+            self._check_training()
+
+    def _check_training(self) -> None:
+        pairs = self.pairs("train")
+        if self.batches == "b3":
+            self.mining.check_fits(len(pairs))
+        BatchPlan(**self._random_plan())
+        if self.plan_folder is not None:
+            MinedPlan.load(self.plan_folder).check_rows(len(pairs))
+        elif self.batches == "b3" and self.teacher.endswith(VECTOR_SUFFIXES):
+            _check_vectors(self.teacher, len(pairs))
+
+    def pairs(self, split: str) -> PairTable:
+        """The rows of a loaded split."""
+        return self._splits[split].pairs
+
+    def train_texts(self) -> Iterator[str]:
+        """Every text of the training pairs, for learning a vocabulary."""
+        for side in ("query", "target"):
+            yield from (item.text for item in self.pairs("train").items(side) if item.text)
+
+    def setup(self, stage: str) -> None:
+        wanted = {"fit": ["train"], "validate": ["val"], "test": ["test"], "predict": ["test"]}[stage]
+        if stage == "fit" and self.sources["val"] is not None:
+            wanted.append("val")
+        if self.sources["train"] is not None and "train" not in wanted:
+            wanted.append("train")
+        self.load(*wanted)
+        if stage == "fit" and self.trainer is not None and self.batch_size % self.trainer.world_size:
+            raise ValueError(
+                f"data.batch_size={self.batch_size} must be a multiple of the {self.trainer.world_size} processes"
+            )
+
+    # ---- batches
+
+    def _random_plan(self) -> dict[str, Any]:
+        pairs = self.pairs("train")
+        names = tuple(pairs.task_weights)
+        code = {name: task for task, name in enumerate(names)}
+        return {
+            "clusters": random_clusters(len(pairs)),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "task_N": torch.tensor([code[task] for task in pairs.tasks]),
+            "task_names": names,
+            "task_weights": pairs.task_weights,
+        }
+
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run, without touching a loader."""
+        trainer = self._trainer()
+        plan = BatchPlan(**self._random_plan())
+        per_epoch = trainer.limit_train_batches
+        counts = (plan.n_batches(epoch) for epoch in range(max(0, trainer.max_epochs or 0)))
+        limited = (min(n, per_epoch) if isinstance(per_epoch, int) else int(n * per_epoch) for n in counts)
+        steps = sum(-(-n // trainer.accumulate_grad_batches) for n in limited)
+        if trainer.max_steps > 0:
+            return min(steps, trainer.max_steps) if steps else trainer.max_steps
+        return max(1, steps)
+
+    def train_dataloader(self) -> DataLoader[int]:
+        trainer = self._trainer()
+        epoch = trainer.current_epoch
+        plan = self._ensure_plan(epoch)
+        batches = EpochBatches(plan.epoch(epoch), rank=trainer.global_rank, world_size=trainer.world_size)
+        log.info("epoch %d: %d batches, %d rows carried over", epoch, len(batches), len(plan.carried_after(epoch)))
+        return self._loader("train", batch_sampler=batches)
+
+    def val_dataloader(self) -> DataLoader[int] | list[Any]:
+        return self._loader("val", batch_size=self.eval_batch_size) if "val" in self._splits else []
+
+    def test_dataloader(self) -> DataLoader[int]:
+        return self._loader("test", batch_size=self.eval_batch_size)
+
+    def predict_dataloader(self) -> DataLoader[int]:
+        return self.test_dataloader()
+
+    def _loader(self, split: str, **batching: Any) -> DataLoader[int]:
+        rows = self._splits[split]
+        preprocess: Any = self._trainer().lightning_module.preprocess
+        return DataLoader(
+            PairDataset(len(rows.pairs)),
+            collate_fn=PairCollator(rows.pairs, rows.keys, self.image_root, preprocess),
+            num_workers=self.num_workers,
+            **batching,
+        )
+
+    def _trainer(self) -> L.Trainer:
+        assert self.trainer is not None
+        return self.trainer
+
+    # ---- mining
+
+    def _ensure_plan(self, epoch: int) -> BatchPlan:
+        if self._batch_plan is None:
+            self._restore_plan()
+        if self._batch_plan is None and self.batches == "b3" and self.plan_folder is not None:
+            self._use(MinedPlan.load(self.plan_folder), epoch)
+        if self._batch_plan is None and self.batches == "b3" and self.teacher != "student":
+            self.remine(epoch, miner="teacher")
+        if self._batch_plan is None:
+            self._batch_plan = BatchPlan(**self._random_plan())
+        return self._batch_plan
+
+    def remine(self, epoch: int, *, miner: Miner) -> MinedPlan:
+        """Mine batches that are used from ``epoch`` on; rank 0 mines, every rank reads its plan."""
+        trainer = self._trainer()
+        folder = Path(trainer.default_root_dir) / "plans" / f"epoch-{epoch:04d}"
+        if trainer.is_global_zero:
+            self.mine(miner=miner).save(folder)
+        trainer.strategy.barrier("mined")
+        mined = MinedPlan.load(folder)
+        self._use(mined, epoch)
+        return mined
+
+    def mine(self, *, miner: Miner = "teacher") -> MinedPlan:
+        """Embed the training pairs and mine them; touches neither trainer nor plan."""
+        train = self._splits["train"]
+        with StageProgress(enabled=self._trainer().progress_bar_callback is not None) as progress:
+            embeddings = self._student_vectors(progress) if miner == "student" else self._teacher_vectors(progress)
+            return mine(
+                embeddings.query_ND,
+                embeddings.target_ND,
+                settings=self.mining,
+                target_keys=train.keys["target"],
+                tasks=train.pairs.tasks,
+                progress=progress,
+            )
+
+    def _use(self, mined: MinedPlan, epoch: int) -> None:
+        """Draw batches from ``mined`` from this epoch on; rows that the last plan carried come first."""
+        old = self._batch_plan
+        carried = old.carried_after(epoch - 1) if old is not None and epoch > 0 else None
+        first_epoch = epoch if carried is not None else 0
+        self.mined = mined
+        self._batch_plan = BatchPlan(
+            **self._random_plan() | {"clusters": mined.clusters}, first_epoch=first_epoch, carried=carried
+        )
+        self._taken_over = {"epoch": first_epoch, "carried": [] if carried is None else carried.tolist()}
+
+    def _teacher_vectors(self, progress: StageProgress) -> Embeddings:
+        if self.teacher == "student":
+            return self._student_vectors(progress)
+        if self.teacher.endswith(VECTOR_SUFFIXES):
+            return _check_vectors(self.teacher, len(self.pairs("train")))
+        preprocess, embed = load_teacher(self.teacher, self._trainer().strategy.root_device)
+        return self._encode(preprocess, embed, progress)
+
+    def _student_vectors(self, progress: StageProgress) -> Embeddings:
+        trainer, module = self._trainer(), self._trainer().lightning_module
+
+        @torch.no_grad()
+        def embed(features: list[Features]) -> Tensor:
+            with trainer.precision_plugin.forward_context():
+                vectors: Tensor = module.embed(trainer.strategy.batch_to_device(features))  # type: ignore[operator]
+            return vectors
+
+        was_training = module.training
+        module.eval()
+        try:
+            return self._encode(module.preprocess, embed, progress)
+        finally:
+            module.train(was_training)
+
+    def _encode(self, preprocess: Any, embed: Any, progress: StageProgress) -> Embeddings:
+        return encode_pairs(
+            self.pairs("train"),
+            self.image_root,
+            preprocess=preprocess,
+            embed=embed,
+            batch_size=self.eval_batch_size,
+            num_workers=self.num_workers,
+            progress=progress,
+        )
+
+    # ---- resume
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which plan is in use, so that a resumed run goes on with it."""
+        if self.mined is None:
+            return {}
+        return {**self._taken_over, "settings": asdict(self.mined.settings)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resume_from = state_dict
+
+    def _restore_plan(self) -> None:
+        state, self._resume_from = self._resume_from, None
+        if not state or self.batches != "b3":
+            return
+        epoch = state["epoch"]
+        folder = Path(self._trainer().default_root_dir) / "plans" / f"epoch-{epoch:04d}"
+        self.mined = MinedPlan.load(folder if (folder / "plan.json").is_file() else self.plan_folder or folder)
+        self.mined.check_rows(len(self.pairs("train")))
+        self._taken_over = {"epoch": epoch, "carried": state["carried"]}
+        self._batch_plan = BatchPlan(
+            **self._random_plan() | {"clusters": self.mined.clusters},
+            first_epoch=epoch,
+            carried=torch.tensor(state["carried"], dtype=torch.int64),
+        )
+
+
+def _content_keys(pairs: PairTable, side: str, digests: dict[str, str]) -> Tensor:
+    """(N,) int64: rows with equal text and image content share a key."""
+    codes: dict[tuple[str, str], int] = {}
+    contents = ((item.text, digests[item.image] if item.image else "") for item in pairs.items(side))
+    return torch.tensor([codes.setdefault(content, len(codes)) for content in contents])
+
+
+def _check_vectors(path: str, n_rows: int) -> Embeddings:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"data.teacher={path} names a file of vectors that does not exist")
+    embeddings = load_vectors(Path(path))
+    if len(embeddings) != n_rows:
+        raise ValueError(f"data.teacher={path} holds vectors of {len(embeddings)} rows, the pairs have {n_rows}")
+    return embeddings

@@ -1,0 +1,73 @@
+"""Image files: kept inside their root, checked before training, decoded lazily."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from b3_lightning.types import name_rows
+
+ImageCheck = Literal["decode", "header"]
+
+
+def resolve(path: str, image_root: Path) -> Path:
+    """The file of a relative path; ValueError where it lies outside ``image_root``."""
+    root = image_root.resolve()
+    full = (root / path).resolve()
+    if not full.is_relative_to(root):
+        raise ValueError(f"image path {path!r} leaves image_root {root}")
+    return full
+
+
+def load_image(path: str, image_root: Path) -> Image.Image:
+    """Decode an image of any mode to RGB; transparent parts become white, 16 bits a channel become 8."""
+    with Image.open(resolve(path, image_root)) as image:
+        if image.mode.startswith("I"):
+            return Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8)).convert(
+                "RGB"
+            )
+        if image.has_transparency_data:
+            rgba = image.convert("RGBA")
+            white = Image.new("RGBA", rgba.size, "white")
+            return Image.alpha_composite(white, rgba).convert("RGB")
+        return image.convert("RGB")
+
+
+def check_images(rows_of_path: dict[str, list[int]], image_root: Path, *, how: ImageCheck) -> dict[str, str]:
+    """Open every image once and return the digest of its content.
+
+    Args:
+        how: ``decode`` reads every pixel (finds truncated files), ``header`` only what names format and size.
+
+    Raises:
+        ValueError: naming the first five missing, broken or outlying images, how many there are, and their rows.
+    """
+
+    def examine(path: str) -> tuple[str | None, str]:
+        try:
+            full = resolve(path, image_root)
+            if not full.is_file():
+                return None, "missing"
+            with Image.open(full) as image:
+                if how == "decode":
+                    image.load()
+            with full.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest(), ""
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return None, str(error)
+
+    with ThreadPoolExecutor() as pool:
+        results = dict(zip(rows_of_path, pool.map(examine, rows_of_path), strict=True))
+    bad = {path: why for path, (digest, why) in results.items() if digest is None}
+    if bad:
+        listed = "\n".join(f"  {path}: {why} ({name_rows(rows_of_path[path])})" for path, why in list(bad.items())[:5])
+        raise ValueError(
+            f"{len(bad)} of {len(results)} images under {image_root.resolve()} cannot be used:\n{listed}"
+            + ("\n  ..." if len(bad) > 5 else "")
+        )
+    return {path: digest for path, (digest, _) in results.items() if digest is not None}

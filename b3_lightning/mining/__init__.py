@@ -1,0 +1,8 @@
+"""From a teacher's vectors to batches of hard negatives: pure functions on tensors, no trainer, no logger."""
+
+from b3_lightning.mining.batches import BatchPlan as BatchPlan
+from b3_lightning.mining.batches import random_clusters as random_clusters
+from b3_lightning.mining.neighbors import Progress as Progress
+from b3_lightning.mining.pipeline import mine as mine
+from b3_lightning.mining.plan import MinedPlan as MinedPlan
+from b3_lightning.mining.settings import MiningSettings as MiningSettings

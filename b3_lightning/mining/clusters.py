@@ -1,0 +1,152 @@
+"""Communities of any size in, clusters of exactly K rows out.
+
+KaMinPar cuts the graph, without its edges between communities, into parts of about K. Sizes are then made exact by
+affinity, never at random: a part that is too large gives up the members with the fewest edges into it, small left-over
+parts are dissolved, and every homeless row goes to the open cluster that holds most of its neighbours.
+
+Shapes: N = rows, C = clusters, K = cluster_size, P = homeless rows, A = (row, neighbour) pairs, D = dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from b3_lightning.mining import cpu
+from b3_lightning.types import PADDING, Clusters, Communities, Edges, Embeddings
+
+HOMELESS = -1
+_ARC_WEIGHT = 0.25
+"""A one-sided window entry counts a quarter of a mutual edge."""
+
+
+def cut_clusters(
+    edges: Edges,
+    communities: Communities,
+    arcs: tuple[Tensor, Tensor],
+    embeddings: Embeddings,
+    *,
+    cluster_size: int,
+    already_cut: bool,
+    seed: int,
+) -> Clusters:
+    """Cut communities into clusters of exactly ``cluster_size``; only the last one may be padded.
+
+    Args:
+        arcs: (from_A, to_A) the directed window entries; they find a home for rows without a mutual edge.
+        already_cut: the communities are parts of about K already (METIS), only sizes are made exact.
+    """
+    n_clusters = math.ceil(edges.n_rows / cluster_size)
+    if already_cut:
+        part_N = communities.label_N
+    else:
+        part_N = cpu.kaminpar_parts(edges.within(communities.label_N), n_parts=n_clusters, seed=seed)
+    capacity_C = torch.full((n_clusters,), cluster_size)
+    capacity_C[-1] = edges.n_rows - (n_clusters - 1) * cluster_size
+    cluster_N = _seed_clusters(part_N, edges, capacity_C)
+    affinity = _Affinity(edges, arcs)
+    _place_by_affinity(cluster_N, capacity_C, affinity)
+    _place_by_similarity(cluster_N, capacity_C, embeddings)
+    return _as_table(cluster_N, capacity_C, cluster_size)
+
+
+def _seed_clusters(part_N: Tensor, edges: Edges, capacity_C: Tensor) -> Tensor:
+    """Let the largest parts become clusters; evict what exceeds a capacity, weakest first. Others are homeless."""
+    size_P = torch.bincount(part_N)
+    rank_P = size_P.argsort(descending=True, stable=True).argsort()
+    cluster_N = torch.where(rank_P[part_N] < len(capacity_C), rank_P[part_N], HOMELESS)
+    inside = edges.within(cluster_N)
+    from_A, _, weight_A = inside.both_directions()
+    strength_N = torch.zeros(len(part_N)).index_add_(0, from_A, weight_A)
+    housed = (cluster_N != HOMELESS).nonzero().flatten()
+    stays = _first_of_each(cluster_N[housed], strength_N[housed], capacity_C)
+    cluster_N[housed[~stays]] = HOMELESS
+    return cluster_N
+
+
+def _first_of_each(cluster_R: Tensor, strength_R: Tensor, free_C: Tensor) -> Tensor:
+    """(R,) bool: is the applicant among the ``free_C`` strongest of its cluster? Ties go to the earlier applicant."""
+    by_strength = strength_R.argsort(descending=True, stable=True)
+    order = by_strength[cluster_R[by_strength].argsort(stable=True)]
+    count_C = torch.bincount(cluster_R, minlength=len(free_C))
+    place_R = torch.empty_like(cluster_R)
+    place_R[order] = torch.arange(len(order)) - (count_C.cumsum(0) - count_C).repeat_interleave(count_C)
+    return place_R < free_C[cluster_R]
+
+
+def _free(cluster_N: Tensor, capacity_C: Tensor) -> Tensor:
+    return capacity_C - torch.bincount(cluster_N[cluster_N != HOMELESS], minlength=len(capacity_C))
+
+
+class _Affinity:
+    """All (row, neighbour, weight) pairs, mutual edges before one-sided window entries."""
+
+    def __init__(self, edges: Edges, arcs: tuple[Tensor, Tensor]) -> None:
+        from_A, to_A, weight_A = edges.both_directions()
+        self.row_A = torch.cat([from_A, arcs[0], arcs[1]])
+        self.neighbor_A = torch.cat([to_A, arcs[1], arcs[0]])
+        self.weight_A = torch.cat([weight_A, torch.full((2 * len(arcs[0]),), _ARC_WEIGHT)])
+
+    def restrict_to(self, homeless_N: Tensor) -> None:
+        keep_A = homeless_N[self.row_A]
+        self.row_A, self.neighbor_A, self.weight_A = self.row_A[keep_A], self.neighbor_A[keep_A], self.weight_A[keep_A]
+
+    def best_open(self, cluster_N: Tensor, free_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For every homeless row with a neighbour in an open cluster: (row, its best cluster, the affinity)."""
+        cluster_A = cluster_N[self.neighbor_A]
+        open_A = (cluster_A != HOMELESS) & (free_C[cluster_A.clamp(min=0)] > 0)
+        pair_A = self.row_A[open_A] * len(free_C) + cluster_A[open_A]
+        pair_R, index_A = pair_A.unique(return_inverse=True)
+        strength_R = torch.zeros(len(pair_R)).index_add_(0, index_A, self.weight_A[open_A])
+        row_R, cluster_R = pair_R // len(free_C), pair_R % len(free_C)
+        best = _first_of_each(row_R, strength_R, torch.ones(len(cluster_N), dtype=torch.int64))
+        return row_R[best], cluster_R[best], strength_R[best]
+
+
+def _place_by_affinity(cluster_N: Tensor, capacity_C: Tensor, affinity: _Affinity) -> None:
+    """In rounds, every homeless row applies to its best open cluster and the strongest applicants are let in."""
+    while True:
+        affinity.restrict_to(cluster_N == HOMELESS)
+        free_C = _free(cluster_N, capacity_C)
+        row_R, cluster_R, strength_R = affinity.best_open(cluster_N, free_C)
+        if len(row_R) == 0:
+            return
+        accepted = _first_of_each(cluster_R, strength_R, free_C)
+        cluster_N[row_R[accepted]] = cluster_R[accepted]
+
+
+def _place_by_similarity(cluster_N: Tensor, capacity_C: Tensor, embeddings: Embeddings) -> None:
+    """House rows whose neighbours' clusters are all full: by similarity to the members of an open cluster."""
+    vector_ND = torch.nn.functional.normalize(embeddings.query_ND + embeddings.target_ND, dim=1)
+    while bool((cluster_N == HOMELESS).any()):
+        free_C = _free(cluster_N, capacity_C)
+        size_C = capacity_C - free_C
+        open_C = ((free_C > 0) & (size_C > 0)).nonzero().flatten()
+        homeless_P = (cluster_N == HOMELESS).nonzero().flatten()
+        if len(open_C) == 0:
+            # only empty clusters are left: the first homeless row founds one
+            cluster_N[homeless_P[0]] = int((free_C > 0).nonzero()[0])
+            continue
+        housed = cluster_N != HOMELESS
+        sum_CD = torch.zeros(len(capacity_C), vector_ND.shape[1]).index_add_(0, cluster_N[housed], vector_ND[housed])
+        centroid_OD = torch.nn.functional.normalize(sum_CD[open_C], dim=1)
+        best = _nearest(vector_ND[homeless_P], centroid_OD)
+        accepted = _first_of_each(open_C[best.indices], best.values, free_C)
+        cluster_N[homeless_P[accepted]] = open_C[best.indices[accepted]]
+
+
+def _nearest(vector_PD: Tensor, centroid_OD: Tensor) -> torch.return_types.max:
+    """Best centroid of each row, in tiles of 64 MiB of scores."""
+    tile = max(1, 2**24 // len(centroid_OD))
+    parts = [(part_PD @ centroid_OD.T).max(dim=1) for part_PD in vector_PD.split(tile)]
+    return torch.return_types.max((torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])))
+
+
+def _as_table(cluster_N: Tensor, capacity_C: Tensor, cluster_size: int) -> Clusters:
+    ids_CK = torch.full((len(capacity_C), cluster_size), PADDING, dtype=torch.int64)
+    order = cluster_N.argsort(stable=True)
+    place = torch.arange(len(order)) - (capacity_C.cumsum(0) - capacity_C)[cluster_N[order]]
+    ids_CK[cluster_N[order], place] = order
+    return Clusters(ids_CK)

@@ -1,0 +1,159 @@
+"""The embedder is a ``SentenceTransformer``: loaded from a path or name, or built small from a config."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Normalize, Router, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+
+@dataclass(frozen=True)
+class SmallEmbedder:
+    """An embedder from scratch: a small ResNet for images, a bag of subwords for texts, in one space.
+
+    Made of stock modules, so that its export loads anywhere. Subwords are learned from the training texts.
+
+    Args:
+        hidden_sizes: channels of the ResNet's stages; the last is the dimension of the embeddings.
+        image_size: images are resized to this square.
+        vocabulary_size: at most so many subwords.
+    """
+
+    hidden_sizes: list[int] = field(default_factory=lambda: [32, 64, 128])
+    image_size: int = 32
+    vocabulary_size: int = 4096
+
+    def build(self, texts: Iterable[str]) -> SentenceTransformer:
+        """Random weights (of torch's generator) and a vocabulary of ``texts``."""
+        return self.assemble(_learn_subwords(texts, self.vocabulary_size))
+
+    def assemble(self, tokenizer: Tokenizer) -> SentenceTransformer:
+        """Random weights over a given vocabulary."""
+        text = StaticEmbedding(tokenizer, embedding_dim=self.hidden_sizes[-1])
+        image = [self._image_module(), Pooling(self.hidden_sizes[-1], "mean")]
+        routes = {(None, "text"): "text", (None, "image"): "image"}
+        router = Router({"text": [text], "image": image}, route_mappings=routes)
+        return SentenceTransformer(modules=[router, Normalize()], device="cpu")
+
+    def _image_module(self) -> Transformer:
+        from transformers import ResNetConfig, ResNetModel, ViTImageProcessor
+
+        config = ResNetConfig(
+            embedding_size=self.hidden_sizes[0],
+            hidden_sizes=self.hidden_sizes,
+            depths=[1] * len(self.hidden_sizes),
+            layer_type="basic",
+        )
+        size = {"height": self.image_size, "width": self.image_size}
+        with tempfile.TemporaryDirectory(prefix="b3_lightning_") as folder:
+            ResNetModel(config).save_pretrained(folder)
+            ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
+            return Transformer(
+                folder,
+                modality_config={"image": {"method": "forward", "method_output_name": "pooler_output"}},
+                module_output_name="token_embeddings",
+            )
+
+
+def _learn_subwords(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=["[UNK]"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """How a model is loaded.
+
+    Args:
+        pooling: set for a plain transformers model (``lasttoken``, ``mean``, ``cls``); absent, the folder's own
+            sentence-transformers modules are used.
+        max_seq_length: tokens a text is cut to; the model's own limit where absent.
+        min_pixels: of an image, for Qwen2-VL and its kin.
+        max_pixels: of an image, for Qwen2-VL and its kin.
+        dtype: of the weights, such as ``bfloat16``; float32 where absent.
+        gradient_checkpointing: trade compute for memory.
+    """
+
+    pooling: Literal["lasttoken", "mean", "cls"] | None = None
+    max_seq_length: int | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    dtype: str | None = None
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """A peft LoRA adapter; the defaults are those of the authors' training code, not of the paper's text.
+
+    Args:
+        target_modules: names of linear layers, or a regular expression.
+    """
+
+    r: int = 8
+    alpha: int = 64
+    dropout: float = 0.1
+    use_dora: bool = True
+    init: Literal["gaussian", "default"] = "gaussian"
+    target_modules: list[str] | str = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+
+
+def load_embedder(path: str, load: LoadSettings, lora: LoraSettings | None) -> SentenceTransformer:
+    """Load from a folder or a hub name, with unit-norm embeddings and, where asked for, a LoRA adapter."""
+    pixels = {name: getattr(load, name) for name in ("min_pixels", "max_pixels") if getattr(load, name) is not None}
+    model_kwargs: dict[str, Any] = {"dtype": load.dtype or "float32"}
+    if load.pooling is None:
+        model = SentenceTransformer(path, device="cpu", model_kwargs=model_kwargs, processor_kwargs=pixels)
+    else:
+        transformer = Transformer(path, model_kwargs=model_kwargs, processor_kwargs=pixels)
+        pooling = Pooling(transformer.get_embedding_dimension(), load.pooling)
+        model = SentenceTransformer(modules=[transformer, pooling], device="cpu")
+    if not isinstance(model[-1], Normalize):
+        model.append(Normalize())
+    if load.max_seq_length is not None:
+        model.max_seq_length = load.max_seq_length
+    if lora is not None:
+        _add_lora(model, lora)
+    if load.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _add_lora(model: SentenceTransformer, lora: LoraSettings) -> None:
+    from peft import LoraConfig, TaskType
+
+    model.add_adapter(
+        LoraConfig(
+            task_type=TaskType.FEATURE_EXTRACTION,
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            use_dora=lora.use_dora,
+            init_lora_weights="gaussian" if lora.init == "gaussian" else True,
+            target_modules=lora.target_modules,
+        )
+    )
+
+
+def small_vocabulary(model: SentenceTransformer) -> str | None:
+    """The vocabulary of a ``SmallEmbedder``'s model as JSON; None for any other model."""
+    first = model[0]
+    if isinstance(first, Router) and isinstance(first.sub_modules["text"][0], StaticEmbedding):
+        vocabulary: str = first.sub_modules["text"][0].tokenizer.to_str()
+        return vocabulary
+    return None

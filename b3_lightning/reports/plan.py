@@ -1,0 +1,50 @@
+"""A mined plan as one Markdown page: the counts, and clusters to look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from b3_lightning.data import PairTable
+from b3_lightning.mining import MinedPlan
+from b3_lightning.mining.store import write_atomic
+from b3_lightning.types import PADDING
+
+_N_SHOWN = 5
+_MEANING = {
+    "n_rows": "training pairs",
+    "n_edges": "edges of the hard-negative graph",
+    "n_communities": "communities found",
+    "n_clusters": "clusters cut from them",
+    "kept_frac": "share of edges whose two ends share a cluster (higher: harder batches)",
+    "n_rows_without_edge": "rows with no edge at all",
+    "n_fillers": "rows with no edge inside their cluster",
+    "seconds": "seconds, embedding not counted",
+}
+
+
+def write_plan_report(mined: MinedPlan, pairs: PairTable, path: Path) -> None:
+    """Write the report; shows the rows of a few clusters spread over the plan."""
+    lines = ["# Mined plan", "", "| | | |", "|---|---|---|"]
+    for name, value in mined.summary().items():
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+        lines.append(f"| {name} | {shown} | {_MEANING[name]} |")
+    lines += ["", f"Seconds by stage: {', '.join(f'{k} {v:.1f}' for k, v in mined.seconds.items())}", ""]
+    queries, targets = pairs.items("query"), pairs.items("target")
+    step = max(1, len(mined.clusters) // _N_SHOWN)
+    for cluster in range(0, len(mined.clusters), step)[:_N_SHOWN]:
+        lines += [f"## Cluster {cluster}", "", "| row | query | target |", "|---|---|---|"]
+        for row in mined.clusters.ids_CK[cluster].tolist():
+            if row != PADDING:
+                both = (_cell(item.text or item.image) for item in (queries[row], targets[row]))
+                lines.append(f"| {row} | {' | '.join(both)} |")
+        lines.append("")
+    write_atomic(path, lambda temporary: _write(temporary, "\n".join(lines)))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _cell(text: str) -> str:
+    one_line = " ".join(text.split()).replace("|", "\\|")
+    return one_line if len(one_line) <= 100 else one_line[:99] + "…"

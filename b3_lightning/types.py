@@ -1,0 +1,200 @@
+"""What passes between the stages: frozen dataclasses of CPU tensors that check their own contract.
+
+Shapes: N = rows, D = dimensions, W = first_rank + n_ranks, E = edges, C = clusters, K = cluster_size,
+M = batches of one epoch, B = global batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PADDING = -1
+"""Fills the last cluster of a task and the ranks that a small task does not have."""
+
+
+def name_rows(rows: Sequence[int] | Tensor) -> str:
+    """Name the first five rows and how many there are, for an error message."""
+    listed = rows.tolist() if isinstance(rows, Tensor) else list(rows)
+    shown = ", ".join(str(row) for row in listed[:5])
+    return f"rows {shown}, ... ({len(listed)} in all)" if len(listed) > 5 else f"row(s) {shown}"
+
+
+def _check_dtype(owner: str, **tensors: tuple[Tensor, torch.dtype]) -> None:
+    for name, (tensor, dtype) in tensors.items():
+        if tensor.dtype != dtype:
+            raise ValueError(f"{owner}.{name} is {tensor.dtype}; it must be {dtype}")
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """Teacher vectors of the rows: ``query_ND`` and ``target_ND``, float32, unit norm."""
+
+    query_ND: Tensor
+    target_ND: Tensor
+
+    @classmethod
+    def from_arrays(cls, query: Any, target: Any) -> Embeddings:
+        """Normalise two (N, D) arrays or tensors of any float type.
+
+        Raises:
+            ValueError: where a shape is not (N, D), and where rows hold NaN, infinity or only zeros.
+        """
+        return cls(_unit_rows("query", query), _unit_rows("target", target))
+
+    def __post_init__(self) -> None:
+        if self.query_ND.shape != self.target_ND.shape:
+            raise ValueError(
+                f"query vectors are {tuple(self.query_ND.shape)} and target vectors {tuple(self.target_ND.shape)}; "
+                "both need one row a pair and the same dimension (one teacher for both sides)"
+            )
+
+    def __len__(self) -> int:
+        return len(self.query_ND)
+
+    def take(self, rows_N: Tensor) -> Embeddings:
+        return Embeddings(self.query_ND[rows_N], self.target_ND[rows_N])
+
+
+def _unit_rows(side: str, values: Any) -> Tensor:
+    vector_ND = torch.as_tensor(values).detach().to(device="cpu", dtype=torch.float32)
+    if vector_ND.ndim != 2 or 0 in vector_ND.shape:
+        raise ValueError(f"{side} vectors have shape {tuple(vector_ND.shape)}; needed: (rows, dimensions), neither 0")
+    norm_N = vector_ND.norm(dim=1)
+    bad_N = (~torch.isfinite(norm_N) | (norm_N == 0)).nonzero().flatten()
+    if len(bad_N):
+        raise ValueError(f"{side} vectors hold NaN, infinity or only zeros in {name_rows(bad_N)}; embed these again")
+    unit_ND: Tensor = vector_ND / norm_N[:, None]
+    return unit_ND
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbors:
+    """The nearest other targets of every query, best first, ties by id.
+
+    ``ids_NW`` (int64) and ``scores_NW`` (float32 cosines); where a row has fewer than W eligible targets, id -1 and
+    score -inf stand at the end. ``positive_score_N`` is the cosine of each query with its own target.
+    """
+
+    ids_NW: Tensor
+    scores_NW: Tensor
+    positive_score_N: Tensor
+
+    def __post_init__(self) -> None:
+        _check_dtype("Neighbors", ids_NW=(self.ids_NW, torch.int64), scores_NW=(self.scores_NW, torch.float32))
+        if self.ids_NW.shape != self.scores_NW.shape or len(self.ids_NW) != len(self.positive_score_N):
+            raise ValueError(
+                f"Neighbors disagree: ids {tuple(self.ids_NW.shape)}, scores {tuple(self.scores_NW.shape)}, "
+                f"positive scores {tuple(self.positive_score_N.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.ids_NW)
+
+    def window(self, first_rank: int, n_ranks: int) -> Tensor:
+        """The ids at ranks ``[first_rank, first_rank + n_ranks)``, (N, n_ranks)."""
+        return self.ids_NW[:, first_rank : first_rank + n_ranks]
+
+
+@dataclass(frozen=True, slots=True)
+class Edges:
+    """Undirected edges, each stored once and sorted: ``source_E < target_E`` (int64), ``weight_E > 0`` (float32)."""
+
+    source_E: Tensor
+    target_E: Tensor
+    weight_E: Tensor
+    n_rows: int
+
+    def __post_init__(self) -> None:
+        _check_dtype(
+            "Edges",
+            source_E=(self.source_E, torch.int64),
+            target_E=(self.target_E, torch.int64),
+            weight_E=(self.weight_E, torch.float32),
+        )
+        if not len(self.source_E) == len(self.target_E) == len(self.weight_E):
+            raise ValueError("Edges need as many sources as targets and weights")
+        if len(self) and (
+            bool((self.source_E >= self.target_E).any())
+            or int(self.source_E.min()) < 0
+            or int(self.target_E.max()) >= self.n_rows
+            or not bool((self.weight_E > 0).all())
+        ):
+            raise ValueError(f"Edges need 0 <= source < target < {self.n_rows} and weights above 0")
+
+    def __len__(self) -> int:
+        return len(self.source_E)
+
+    def both_directions(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(from, to, weight), each edge twice."""
+        return (
+            torch.cat([self.source_E, self.target_E]),
+            torch.cat([self.target_E, self.source_E]),
+            self.weight_E.repeat(2),
+        )
+
+    def within(self, label_N: Tensor) -> Edges:
+        """The edges whose two ends carry the same label."""
+        keep_E = label_N[self.source_E] == label_N[self.target_E]
+        return Edges(self.source_E[keep_E], self.target_E[keep_E], self.weight_E[keep_E], self.n_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Communities:
+    """One label a row, ``label_N`` (int64), counted from 0 in the order in which the labels first appear."""
+
+    label_N: Tensor
+
+    @classmethod
+    def from_labels(cls, labels: Any) -> Communities:
+        """Renumber any integer labels canonically, so that equal partitions compare equal."""
+        label_N = torch.as_tensor(labels).to(torch.int64)
+        _, inverse_N = label_N.unique(return_inverse=True)
+        first_L = torch.full((int(inverse_N.max()) + 1,), len(label_N), dtype=torch.int64)
+        first_L.scatter_reduce_(0, inverse_N, torch.arange(len(label_N)), "amin")
+        return cls(first_L.argsort().argsort()[inverse_N])
+
+    def __post_init__(self) -> None:
+        _check_dtype("Communities", label_N=(self.label_N, torch.int64))
+
+    def __len__(self) -> int:
+        """How many communities."""
+        return int(self.label_N.max()) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Clusters:
+    """``ids_CK`` (int64): every row exactly once; -1 pads the end of the last cluster of a task."""
+
+    ids_CK: Tensor
+
+    def __post_init__(self) -> None:
+        _check_dtype("Clusters", ids_CK=(self.ids_CK, torch.int64))
+        row_N = self.ids_CK[self.ids_CK != PADDING].sort().values
+        if not torch.equal(row_N, torch.arange(len(row_N))):
+            raise ValueError(
+                f"Clusters of shape {tuple(self.ids_CK.shape)} must hold each of the rows 0 .. {len(row_N) - 1} once"
+            )
+
+    def __len__(self) -> int:
+        return len(self.ids_CK)
+
+    @property
+    def n_rows(self) -> int:
+        return int((self.ids_CK != PADDING).sum())
+
+    @property
+    def cluster_size(self) -> int:
+        return self.ids_CK.shape[1]
+
+    def cluster_of_row(self) -> Tensor:
+        """(N,) the cluster of every row."""
+        cluster_C = torch.arange(len(self))[:, None].expand_as(self.ids_CK)
+        filled_CK = self.ids_CK != PADDING
+        cluster_N = torch.empty(self.n_rows, dtype=torch.int64)
+        cluster_N[self.ids_CK[filled_CK]] = cluster_C[filled_CK]
+        return cluster_N

@@ -1,0 +1,8 @@
+"""Lightning callbacks; the folder lies at the repository's root and is imported as ``b3_lightning.callbacks``."""
+
+if __name__ != "b3_lightning.callbacks":
+    raise ImportError(f"import this folder as b3_lightning.callbacks, not as {__name__}")
+
+from b3_lightning.callbacks.embedding_writer import EmbeddingWriter as EmbeddingWriter
+from b3_lightning.callbacks.export import Export as Export
+from b3_lightning.callbacks.remine import Remine as Remine

@@ -1,0 +1,102 @@
+"""Mine new batches between epochs, with the student's current weights or with the teacher."""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+from b3_lightning.data import PairsDataModule
+from b3_lightning.mining import MinedPlan
+from b3_lightning.types import Edges
+
+
+class Remine(Callback):
+    """Mine again every ``every_n_epochs`` epochs.
+
+    Args:
+        enabled: switch it on; off, the first plan serves the whole run.
+        every_n_epochs: counted from ``start_epoch``.
+        start_epoch: the first epoch that trains on re-mined batches.
+        miner: whose vectors rank negatives.
+    """
+
+    def __init__(
+        self,
+        enabled: bool = False,
+        every_n_epochs: int = 1,
+        start_epoch: int = 1,
+        miner: Literal["student", "teacher"] = "student",
+    ) -> None:
+        if every_n_epochs < 1 or start_epoch < 1:
+            raise ValueError(
+                f"remine.every_n_epochs={every_n_epochs} and remine.start_epoch={start_epoch} must be at least 1"
+            )
+        self.enabled, self.every_n_epochs, self.start_epoch, self.miner = enabled, every_n_epochs, start_epoch, miner
+
+    def should_remine(self, epoch: int) -> bool:
+        """Is a new plan mined before this epoch?"""
+        return self.enabled and epoch >= self.start_epoch and (epoch - self.start_epoch) % self.every_n_epochs == 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        data = _datamodule(trainer)
+        if stage != "fit" or data.batches != "b3":
+            return
+        reload: int = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+        if reload != 1:
+            raise ValueError(
+                f"trainer.reload_dataloaders_every_n_epochs={reload} would train "
+                "later epochs on the batches of the first; set it to 1"
+            )
+        if not self.enabled and data.teacher == "student" and data.plan_folder is None:
+            raise ValueError(
+                "data.teacher=student mines with the model in training, so it needs remine.enabled=true; "
+                "or name another teacher, or set data.batches=random"
+            )
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = _datamodule(trainer)
+        next_epoch = trainer.current_epoch + 1
+        is_last = trainer.should_stop or next_epoch >= (trainer.max_epochs or 0) > 0
+        if data.batches != "b3" or is_last or not self.should_remine(next_epoch):
+            return
+        before, start = data.mined, time.perf_counter()
+        mined = data.remine(next_epoch, miner=self.miner)
+        values = {name: float(value) for name, value in mined.summary().items()}
+        if before is not None:
+            values |= plan_change(before, mined)
+        values["seconds"] = time.perf_counter() - start
+        pl_module.log_dict({f"mining/{name}": value for name, value in values.items()}, rank_zero_only=True)
+
+
+def plan_change(before: MinedPlan, after: MinedPlan) -> dict[str, float]:
+    """How much of a plan a new one keeps.
+
+    ``edges_kept_frac`` is the share of the old edges that the new graph has too, ``together_frac`` the share of pairs
+    of rows in one old cluster that share a new one.
+    """
+    old, new = _edge_codes(before.edges), _edge_codes(after.edges)
+    old_N, new_N = before.clusters.cluster_of_row(), after.clusters.cluster_of_row()
+    both_N = old_N * (int(new_N.max()) + 1) + new_N
+    return {
+        "edges_kept_frac": float(torch.isin(old, new).float().mean()) if len(old) else 0.0,
+        "together_frac": _n_pairs(both_N) / max(1.0, _n_pairs(old_N)),
+    }
+
+
+def _edge_codes(edges: Edges) -> torch.Tensor:
+    return edges.source_E * edges.n_rows + edges.target_E
+
+
+def _n_pairs(label_N: torch.Tensor) -> float:
+    count = label_N.unique(return_counts=True)[1].double()
+    return float((count * (count - 1) / 2).sum())
+
+
+def _datamodule(trainer: Trainer) -> PairsDataModule:
+    data: object = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, PairsDataModule):
+        raise TypeError(f"Remine needs a PairsDataModule, not {type(data).__name__}")
+    return data
