@@ -27,7 +27,7 @@ from b3_lightning.data import PairsDataModule
 from b3_lightning.data.glyphs import write_glyphs
 from b3_lightning.mining import MinedPlan
 from b3_lightning.model import ContrastiveModule
-from b3_lightning.reports.compare import compare_runs
+from b3_lightning.reports.compare import SHOWN, best_validation, compare_runs, keep_old_metrics
 from b3_lightning.reports.plan import write_plan_report
 
 DESCRIPTION = "Train embedding models on batches mined to be hard (B3)."
@@ -102,7 +102,7 @@ class SaveRunConfig(SaveConfigCallback):
     """Keep config.yaml in the run's folder, and give W&B the same settings."""
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        settings = yaml.safe_load(self.parser.dump(self.config))
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_hyperparams(settings)
@@ -131,7 +131,7 @@ class B3CLI(LightningCLI):
         callbacks = list(given.get("callbacks") or [])
         if self.subcommand == "fit":
             if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
-                callbacks.append(self._checkpoints())
+                callbacks += self._checkpoints()
             callbacks.append(Export(self.parser_dump()))
         if self.subcommand == "predict":
             callbacks.append(EmbeddingWriter())
@@ -142,7 +142,7 @@ class B3CLI(LightningCLI):
     def parser_dump(self) -> str:
         """The run's settings as YAML."""
         config = self.config.get(str(self.subcommand), self.config)
-        text: str = self._parser(self.subcommand).dump(config, skip_none=True)
+        text: str = self._parser(self.subcommand).dump(config, skip_unset=True)
         return text
 
     def _loggers(self) -> list[Any]:
@@ -165,22 +165,28 @@ class B3CLI(LightningCLI):
             )
         return loggers
 
-    def _checkpoints(self) -> ModelCheckpoint:
-        has_val = self._get(self.config, "data").get("val_pairs") is not None
-        return ModelCheckpoint(
-            dirpath=Path(self.run.dir) / "checkpoints",
-            monitor="val/mrr" if has_val else None,
+    def _checkpoints(self) -> list[ModelCheckpoint]:
+        """The best by validation, where there is one, and the last; a run that is interrupted leaves its last too."""
+        folder = Path(self.run.dir) / "checkpoints"
+        last = ModelCheckpoint(dirpath=folder, filename="last", enable_version_counter=False, save_on_exception=True)
+        if self._get(self.config, "data").get("val_pairs") is None:
+            return [last]
+        best = ModelCheckpoint(
+            dirpath=folder,
+            monitor="val/mrr",
             mode="max",
-            filename="epoch{epoch:04d}-step{step:06d}",
+            filename="best-epoch{epoch:04d}-step{step:06d}",
             auto_insert_metric_name=False,
-            save_last=True,
-            save_on_exception=True,
+            save_on_train_epoch_end=False,
         )
+        return [best, last]
 
     def before_fit(self) -> None:
         self._check(self._refuse_other_run, lambda: self.datamodule.load(*self._splits()))
-        Path(self.run.dir).mkdir(parents=True, exist_ok=True)
-        (Path(self.run.dir) / "config.yaml").write_text(self.parser_dump(), encoding="utf-8")
+        folder = Path(self.run.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(self.parser_dump(), encoding="utf-8")
+        keep_old_metrics(folder)
 
     def before_mine(self) -> None:
         self._check(lambda: self.datamodule.load("train"))
@@ -216,14 +222,16 @@ class B3CLI(LightningCLI):
 
 def _print_outcome(trainer: L.Trainer, run: RunSettings) -> None:
     console = Console()
-    table = Table("metric", "last", title=f"{run.dir}: {trainer.global_step} steps, {trainer.current_epoch} epochs")
-    for name, value in sorted(trainer.callback_metrics.items()):
-        if name.startswith("val/"):
-            table.add_row(name, f"{float(value):.4f}")
-    console.print(table)
     folder = Path(run.dir)
+    console.print(f"\n{trainer.global_step} steps, {trainer.current_epoch} epochs", highlight=False)
+    if "val/mrr" in trainer.callback_metrics and (folder / "metrics.csv").is_file():
+        best = best_validation(folder)
+        table = Table("metric", "best", "last", title="all unique validation targets")
+        for name in SHOWN:
+            table.add_row(name, f"{best[name]:.4f}", f"{float(trainer.callback_metrics[name]):.4f}")
+        console.print(table)
     console.print(f"run      {folder}  (config.yaml, metrics.csv, checkpoints)", highlight=False)
-    console.print(f"export   {folder / 'export'}  (SentenceTransformer loads it)", highlight=False)
+    console.print(f"export   {folder / 'export'}  (the best weights; SentenceTransformer loads it)", highlight=False)
     if any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
         note = f"offline; upload with: wandb sync {folder}/wandb/offline-run-*" if run.is_offline() else "online"
         console.print(f"W&B      {folder / 'wandb'}  ({note})", highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Literal
 
 import torch
@@ -55,20 +56,25 @@ class Remine(Callback):
                 "data.teacher=student mines with the model in training, so it needs remine.enabled=true; "
                 "or name another teacher, or set data.batches=random"
             )
+        # asked when an epoch's loader is built: on_train_epoch_start is too late, and on_train_epoch_end is not called
+        # again for a run that is resumed from the end of an epoch
+        data.before_epoch = [partial(self._remine_if_due, trainer)]
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        _datamodule(trainer).before_epoch = []
+
+    def _remine_if_due(self, trainer: Trainer, epoch: int) -> None:
         data = _datamodule(trainer)
-        next_epoch = trainer.current_epoch + 1
-        is_last = trainer.should_stop or next_epoch >= (trainer.max_epochs or 0) > 0
-        if data.batches != "b3" or is_last or not self.should_remine(next_epoch):
+        if not self.should_remine(epoch) or data.plan_epoch == epoch:
             return
         before, start = data.mined, time.perf_counter()
-        mined = data.remine(next_epoch, miner=self.miner)
-        values = {name: float(value) for name, value in mined.summary().items()}
+        mined = data.remine(epoch, miner=self.miner)
+        values = {f"mining/{name}": float(value) for name, value in mined.summary().items()}
         if before is not None:
-            values |= plan_change(before, mined)
-        values["seconds"] = time.perf_counter() - start
-        pl_module.log_dict({f"mining/{name}": value for name, value in values.items()}, rank_zero_only=True)
+            values |= {f"mining/{name}": value for name, value in plan_change(before, mined).items()}
+        values["mining/seconds"] = time.perf_counter() - start
+        for logger in trainer.loggers:
+            logger.log_metrics(values | {"epoch": float(epoch)}, step=trainer.global_step)
 
 
 def plan_change(before: MinedPlan, after: MinedPlan) -> dict[str, float]:

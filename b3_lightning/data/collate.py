@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from sentence_transformers.base.modality import infer_modality
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -18,9 +19,13 @@ Preprocess = Callable[[Sequence[Any]], dict[str, Any]]
 
 
 def model_input(item: Item, image_root: Path) -> Any:
-    """What sentence-transformers takes: a text, an image, or ``{"text", "image"}``."""
+    """What sentence-transformers takes: a text, an image, or ``{"text", "image"}``.
+
+    A text that is nothing but a web address or a file name would be fetched and read as a picture by
+    sentence-transformers; a space before it keeps it a text.
+    """
     if not item.image:
-        return item.text
+        return item.text if infer_modality(item.text) == "text" else f" {item.text}"
     image = load_image(item.image, image_root)
     return {"text": item.text, "image": image} if item.text else image
 

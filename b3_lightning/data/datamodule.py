@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from b3_lightning.data.collate import Features, PairCollator, PairDataset
 from b3_lightning.data.images import ImageCheck, check_images
 from b3_lightning.data.pairs import PairSource, PairTable, load_pairs
 from b3_lightning.data.sampler import EpochBatches
-from b3_lightning.data.teacher import VECTOR_SUFFIXES, encode_pairs, load_teacher, load_vectors
+from b3_lightning.data.teacher import VECTOR_SUFFIXES, encode_pairs, load_vectors, teacher_embed
 from b3_lightning.mining import BatchPlan, MinedPlan, MiningSettings, mine, random_clusters
 from b3_lightning.mining.batches import check_batch_size
 from b3_lightning.progress import StageProgress
@@ -80,8 +80,10 @@ class PairsDataModule(L.LightningDataModule):
         self.teacher, self.plan_folder, self.mining = teacher, plan, mining
         self.num_workers, self.image_check, self.seed = num_workers, image_check, seed
         self.mined: MinedPlan | None = None
+        self.before_epoch: list[Callable[[int], None]] = []
         self._batch_plan: BatchPlan | None = None
         self._splits: dict[str, _Split] = {}
+        self._in_use: dict[str, Any] = {}
         self._resume_from: dict[str, Any] | None = None
 
     # ---- pairs
@@ -167,7 +169,7 @@ class PairsDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[int]:
         trainer = self._trainer()
         epoch = trainer.current_epoch
-        plan = self._ensure_plan(epoch)
+        plan = self._plan_of(epoch)
         batches = EpochBatches(plan.epoch(epoch), rank=trainer.global_rank, world_size=trainer.world_size)
         log.info("epoch %d: %d batches, %d rows carried over", epoch, len(batches), len(plan.carried_after(epoch)))
         return self._loader("train", batch_sampler=batches)
@@ -197,7 +199,8 @@ class PairsDataModule(L.LightningDataModule):
 
     # ---- mining
 
-    def _ensure_plan(self, epoch: int) -> BatchPlan:
+    def _plan_of(self, epoch: int) -> BatchPlan:
+        """The plan in use; before an epoch's first batch is the moment to mine, with the weights as they are then."""
         if self._batch_plan is None:
             self._restore_plan()
         if self._batch_plan is None and self.batches == "b3" and self.plan_folder is not None:
@@ -206,12 +209,20 @@ class PairsDataModule(L.LightningDataModule):
             self.remine(epoch, miner="teacher")
         if self._batch_plan is None:
             self._batch_plan = BatchPlan(**self._random_plan())
+        for mine_if_due in self.before_epoch:
+            mine_if_due(epoch)
         return self._batch_plan
+
+    @property
+    def plan_epoch(self) -> int | None:
+        """The epoch from which on the mined plan is in use; None before the first."""
+        epoch: int | None = self._in_use.get("epoch")
+        return epoch
 
     def remine(self, epoch: int, *, miner: Miner) -> MinedPlan:
         """Mine batches that are used from ``epoch`` on; rank 0 mines, every rank reads its plan."""
         trainer = self._trainer()
-        folder = Path(trainer.default_root_dir) / "plans" / f"epoch-{epoch:04d}"
+        folder = self._plan_folder(epoch)
         if trainer.is_global_zero:
             self.mine(miner=miner).save(folder)
         trainer.strategy.barrier("mined")
@@ -242,15 +253,15 @@ class PairsDataModule(L.LightningDataModule):
         self._batch_plan = BatchPlan(
             **self._random_plan() | {"clusters": mined.clusters}, first_epoch=first_epoch, carried=carried
         )
-        self._taken_over = {"epoch": first_epoch, "carried": [] if carried is None else carried.tolist()}
+        self._in_use = {"epoch": first_epoch, "carried": [] if carried is None else carried.tolist()}
 
     def _teacher_vectors(self, progress: StageProgress) -> Embeddings:
         if self.teacher == "student":
             return self._student_vectors(progress)
         if self.teacher.endswith(VECTOR_SUFFIXES):
             return _check_vectors(self.teacher, len(self.pairs("train")))
-        preprocess, embed = load_teacher(self.teacher, self._trainer().strategy.root_device)
-        return self._encode(preprocess, embed, progress)
+        teacher: Any = self._trainer().lightning_module.load_teacher(self.teacher)  # type: ignore[operator]
+        return self._encode(teacher.preprocess, teacher_embed(teacher, self._trainer().strategy.root_device), progress)
 
     def _student_vectors(self, progress: StageProgress) -> Embeddings:
         trainer, module = self._trainer(), self._trainer().lightning_module
@@ -283,9 +294,7 @@ class PairsDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Which plan is in use, so that a resumed run goes on with it."""
-        if self.mined is None:
-            return {}
-        return {**self._taken_over, "settings": asdict(self.mined.settings)}
+        return self._in_use
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resume_from = state_dict
@@ -294,16 +303,18 @@ class PairsDataModule(L.LightningDataModule):
         state, self._resume_from = self._resume_from, None
         if not state or self.batches != "b3":
             return
-        epoch = state["epoch"]
-        folder = Path(self._trainer().default_root_dir) / "plans" / f"epoch-{epoch:04d}"
+        folder = self._plan_folder(state["epoch"])
         self.mined = MinedPlan.load(folder if (folder / "plan.json").is_file() else self.plan_folder or folder)
         self.mined.check_rows(len(self.pairs("train")))
-        self._taken_over = {"epoch": epoch, "carried": state["carried"]}
+        self._in_use = state
         self._batch_plan = BatchPlan(
             **self._random_plan() | {"clusters": self.mined.clusters},
-            first_epoch=epoch,
+            first_epoch=state["epoch"],
             carried=torch.tensor(state["carried"], dtype=torch.int64),
         )
+
+    def _plan_folder(self, epoch: int) -> Path:
+        return Path(self._trainer().default_root_dir) / "plans" / f"epoch-{epoch:04d}"
 
 
 def _content_keys(pairs: PairTable, side: str, digests: dict[str, str]) -> Tensor:

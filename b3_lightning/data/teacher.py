@@ -74,11 +74,9 @@ def load_vectors(path: Path) -> Embeddings:
     return Embeddings.from_arrays(found["query"], found["target"])
 
 
-def load_teacher(name: str, device: torch.device) -> tuple[Preprocess, Embed]:
-    """Load a SentenceTransformer as teacher."""
-    from sentence_transformers import SentenceTransformer
-
-    teacher = SentenceTransformer(name, device=str(device)).eval()
+def teacher_embed(teacher: Any, device: torch.device) -> Embed:
+    """How a SentenceTransformer embeds, in evaluation mode on ``device``."""
+    teacher.to(device).eval()
 
     @torch.inference_mode()
     def embed(features: list[Features]) -> Tensor:
@@ -86,4 +84,4 @@ def load_teacher(name: str, device: torch.device) -> tuple[Preprocess, Embed]:
         vector_PD = torch.cat([teacher(dict(part.tensors))["sentence_embedding"] for part in moved])
         return vector_PD[torch.cat([part.position_P for part in moved]).argsort()]
 
-    return teacher.preprocess, embed
+    return embed

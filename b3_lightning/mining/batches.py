@@ -57,6 +57,7 @@ class BatchPlan:
         self.clusters = clusters
         self.batch_size = batch_size
         self.seed = seed
+        self.first_epoch = first_epoch
         self._streams = [
             _TaskStream(
                 clusters.ids_CK[task_C == task],
@@ -80,6 +81,7 @@ class BatchPlan:
 
     def epoch(self, epoch: int) -> Tensor:
         """(M, B) int64 row ids, tasks mixed at random."""
+        assert epoch >= self.first_epoch, "this plan takes over later"
         ids_MB = torch.cat([stream.epoch(epoch) for stream in self._streams])
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         return ids_MB[torch.randperm(len(ids_MB), generator=generator)]

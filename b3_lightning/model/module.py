@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -71,7 +71,7 @@ class ContrastiveModule(L.LightningModule):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature={temperature} must be above 0")
-        self.settings = {"embedder": embedder, "load": load, "lora": lora}
+        self.source, self.load, self.lora = embedder, load, lora
         self.temperature, self.symmetric, self.optim = temperature, symmetric, optim
         self.metrics = RetrievalMetrics()
 
@@ -83,11 +83,15 @@ class ContrastiveModule(L.LightningModule):
     def configure_model(self) -> None:
         if "model" in self._modules:
             return
-        embedder = self.settings["embedder"]
-        if isinstance(embedder, SmallEmbedder):
-            self.model = embedder.build(self.trainer.datamodule.train_texts())  # type: ignore[attr-defined]
+        if isinstance(self.source, SmallEmbedder):
+            self.model = self.source.build(self.trainer.datamodule.train_texts())  # type: ignore[attr-defined]
         else:
-            self.model = load_embedder(embedder, self.settings["load"], self.settings["lora"])  # type: ignore[arg-type]
+            self.model = load_embedder(self.source, self.load, self.lora)
+        self.model.train()  # what is loaded comes in evaluation mode: without dropout, with frozen batch statistics
+
+    def load_teacher(self, path: str) -> SentenceTransformer:
+        """Load another model the way the student is loaded, without adapter and without checkpointing."""
+        return load_embedder(path, replace(self.load, gradient_checkpointing=False), None)
 
     def preprocess(self, inputs: Any) -> dict[str, Any]:
         """Texts, images or dicts of both -> the embedder's features; for the loader's workers."""
@@ -170,7 +174,6 @@ class ContrastiveModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         vocabulary = checkpoint.get("b3_vocabulary")
-        embedder = self.settings["embedder"]
-        if vocabulary is not None and isinstance(embedder, SmallEmbedder):
+        if vocabulary is not None and isinstance(self.source, SmallEmbedder):
             # subwords were learned from the training texts; those of the checkpoint count, whatever pairs are given now
-            self.model = embedder.assemble(Tokenizer.from_str(vocabulary)).to(self.device)
+            self.model = self.source.assemble(Tokenizer.from_str(vocabulary)).to(self.device)

@@ -44,12 +44,23 @@ def best_validation(folder: Path) -> dict[str, float]:
     path = folder / "metrics.csv"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no metrics.csv; name the folder of a run")
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("val/mrr")]
+    rows = []
+    for part in [*sorted(folder.glob("metrics-until-*.csv")), path]:
+        with part.open(encoding="utf-8", newline="") as file:
+            rows += [row for row in csv.DictReader(file) if row.get("val/mrr")]
     if not rows:
         raise ValueError(f"{path} holds no validation; runs need data.val_pairs to be compared")
     best = max(rows, key=lambda row: float(row["val/mrr"]))
     return {name: float(best[name]) for name in ("step", *SHOWN)}
+
+
+def keep_old_metrics(folder: Path) -> None:
+    """Move the metrics of a run that is resumed aside: Lightning's logger begins its file anew."""
+    path = folder / "metrics.csv"
+    if path.is_file():
+        with path.open(encoding="utf-8", newline="") as file:
+            step = max((int(row["step"]) for row in csv.DictReader(file)), default=0)
+        path.rename(folder / f"metrics-until-{step:08d}.csv")
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

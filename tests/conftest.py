@@ -1,0 +1,104 @@
+"""Shared fixtures: small pairs files with pictures, tiny models, the command line in this process."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny_models
+from PIL import Image, ImageDraw
+
+from b3_lightning.cli import main
+
+COLORS = ("red", "green", "blue", "black", "orange", "purple", "brown", "teal")
+SHAPES = ("circle", "square", "bar", "cross")
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 96 pictures and one pairs file for each kind of pair, 96 rows each."""
+    folder = tmp_path_factory.mktemp("shapes")
+    images, texts = [], []
+    for index in range(96):
+        color, shape, step = COLORS[index % 8], SHAPES[index // 8 % 4], index // 32
+        image = Image.new("RGB", (40, 40), "white")
+        draw, inset = ImageDraw.Draw(image), 4 + 4 * step
+        box = (inset, inset, 40 - inset, 40 - inset)
+        if shape == "circle":
+            draw.ellipse(box, fill=color)
+        elif shape == "square":
+            draw.rectangle(box, fill=color)
+        else:
+            draw.line(box if shape == "bar" else (inset, 20, 40 - inset, 20), fill=color, width=4 + step)
+        images.append(f"{index:03d}.png")
+        image.save(folder / images[-1])
+        texts.append(f"{('large', 'medium', 'small')[step]} {color} {shape}")
+    nothing = [""] * len(images)
+    questions = [f"which picture looks like number {index}" for index in range(96)]
+    kinds = {
+        "text-text": (questions, nothing, texts, nothing),
+        "image-text": (nothing, images, texts, nothing),
+        "text-image": (texts, nothing, nothing, images),
+        "both-image": (texts, images, nothing, images[1:] + images[:1]),
+    }
+    for kind, columns in kinds.items():
+        names = ("qry", "qry_image_path", "pos_text", "pos_image_path")
+        pq.write_table(pa.table(dict(zip(names, columns, strict=True))), folder / f"{kind}.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Tiny models on disk by family."""
+    makers: dict[str, Callable[[Path], str]] = {
+        "bert": tiny_models.bert,
+        "clip": tiny_models.clip,
+        "qwen2_vl": tiny_models.qwen2_vl,
+    }
+    return {name: make(tmp_path_factory.mktemp(name)) for name, make in makers.items()}
+
+
+Run = Callable[..., Path]
+
+
+@pytest.fixture
+def fit(tmp_path: Path, shapes: Path) -> Run:
+    """Run ``fit`` in this process on one kind of the shapes pairs; returns the run's folder."""
+
+    def run(kind: str, *settings: str, name: str = "run", config: Path | None = None) -> Path:
+        folder = tmp_path / name
+        pairs = shapes / f"{kind}.parquet"
+        main(
+            [
+                "fit",
+                *([f"--config={config}"] if config else []),
+                f"--run.dir={folder}",
+                "--run.wandb=disabled",
+                f"--data.train_pairs={pairs}",
+                f"--data.val_pairs={pairs}",
+                f"--data.image_root={shapes}",
+                "--data.batch_size=16",
+                "--data.mining.first_rank=1",
+                "--data.mining.n_ranks=10",
+                "--data.mining.cluster_size=4",
+                "--trainer.accelerator=cpu",
+                "--trainer.devices=1",
+                "--trainer.enable_progress_bar=false",
+                "--trainer.num_sanity_val_steps=0",
+                "--trainer.max_epochs=2",
+                *settings,
+            ]
+        )
+        return folder
+
+    return run

@@ -1,0 +1,160 @@
+"""``fit`` end to end on every kind of pair, with tiny models of each family."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Run
+from sentence_transformers import SentenceTransformer
+
+from b3_lightning.cli import main
+from b3_lightning.mining import MinedPlan
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def _rows(run: Path) -> list[dict[str, str]]:
+    rows = []
+    for path in [*sorted(run.glob("metrics-until-*.csv")), run / "metrics.csv"]:
+        with path.open(newline="") as file:
+            rows += list(csv.DictReader(file))
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [
+        ("text-text", "bert"),
+        ("image-text", "clip"),
+        ("text-image", "clip"),
+        ("both-image", "qwen2_vl"),
+    ],
+)
+def test_fit_mines_with_a_teacher_trains_validates_and_exports(
+    kind: str, model: str, fit: Run, models: dict[str, str]
+) -> None:
+    extra = ["--model.load.pooling=lasttoken"] if model == "qwen2_vl" else []
+    path = models[model]
+    run = fit(kind, f"--model.embedder={path}", f"--data.teacher={path}", *extra)
+    assert (run / "config.yaml").is_file()
+    rows = _rows(run)
+    assert any(row.get("val/mrr") for row in rows)
+    assert any(row.get("train/loss_step") or row.get("train/loss") for row in rows) or len(rows) == 2
+    mined = MinedPlan.load(run / "plans" / "epoch-0000")
+    assert mined.n_rows == 96
+    model_out = SentenceTransformer(str(run / "export"), device="cpu")
+    vectors = model_out.encode(["a red circle"])
+    assert vectors.shape == (1, 32)
+    assert np.linalg.norm(vectors) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_7b_config_trains_a_tiny_qwen2_vl_with_lora(fit: Run, models: dict[str, str]) -> None:
+    path = models["qwen2_vl"]
+    run = fit(
+        "both-image",
+        f"--model.embedder={path}",
+        f"--data.teacher={path}",
+        "--data.batch_size=16",
+        "--data.mining={first_rank: 1, n_ranks: 10, cluster_size: 4}",
+        "--data.num_workers=0",
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=1",
+        "--trainer.strategy=auto",
+        "--trainer.max_steps=3",
+        "--model.load.max_pixels=12544",
+        config=CONFIGS / "b3_7b.yaml",
+    )
+    assert SentenceTransformer(str(run / "export"), device="cpu").encode(["x"]).shape == (1, 32)
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert any("lora_A" in name for name in checkpoint["state_dict"])
+
+
+def test_the_student_mines_for_itself_and_logs_what_changed(fit: Run) -> None:
+    run = fit(
+        "image-text",
+        "--model.embedder={hidden_sizes: [8, 16], image_size: 32}",
+        "--data.teacher=student",
+        "--remine.enabled=true",
+        "--trainer.max_epochs=4",
+    )
+    assert sorted(folder.name for folder in (run / "plans").iterdir()) == ["epoch-0001", "epoch-0002", "epoch-0003"]
+    mining = [row for row in _rows(run) if row.get("mining/n_edges")]
+    assert len(mining) == 3
+    assert 0 <= float(mining[1]["mining/together_frac"]) <= 1
+    assert float(mining[0]["mining/seconds"]) > 0
+
+
+def test_random_batches_differ_in_nothing_but_the_batches(fit: Run) -> None:
+    small = "--model.embedder={hidden_sizes: [8, 16], image_size: 32}"
+    run = fit("image-text", small, "--data.batches=random")
+    assert not (run / "plans").exists()
+    assert any(row.get("val/hit@1") for row in _rows(run))
+
+
+def test_same_seed_same_metrics(fit: Run) -> None:
+    settings = ("--model.embedder={hidden_sizes: [8, 16], image_size: 32}", "--remine.enabled=true")
+    first, second = (fit("image-text", *settings, name=name) for name in ("one", "two"))
+    assert _validations(first) == _validations(second)
+
+
+def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_never_stopped(fit: Run) -> None:
+    settings = (
+        "--model.embedder={hidden_sizes: [8, 16], image_size: 32}",
+        "--model.optim={schedule: constant, warmup_frac: 0.0}",
+        "--remine.enabled=true",
+    )
+    whole = fit("image-text", *settings, "--trainer.max_epochs=4", name="whole")
+    half = fit("image-text", *settings, "--trainer.max_epochs=2", name="half")
+    last = half / "checkpoints" / "last.ckpt"
+    fit("image-text", *settings, "--trainer.max_epochs=4", f"--ckpt_path={last}", name="half")
+    assert _validations(half) == _validations(whole)
+
+
+def _validations(run: Path) -> list[tuple[str, ...]]:
+    return [(row["step"], row["val/loss"], row["val/mrr"]) for row in _rows(run) if row.get("val/mrr")]
+
+
+def test_mine_writes_a_plan_that_fit_trains_on(fit: Run, models: dict[str, str], shapes: Path, tmp_path: Path) -> None:
+    output = tmp_path / "plan"
+    settings = [
+        f"--model.embedder={models['bert']}",
+        f"--data.teacher={models['bert']}",
+    ]
+    main(
+        [
+            "mine",
+            f"--output={output}",
+            f"--data.train_pairs={shapes / 'text-text.parquet'}",
+            "--data.batch_size=16",
+            "--data.mining={first_rank: 1, n_ranks: 10, cluster_size: 4}",
+            "--trainer.accelerator=cpu",
+            "--trainer.enable_progress_bar=false",
+            *settings,
+        ]
+    )
+    assert "large red circle" in (output / "report.md").read_text()
+    run = fit("text-text", *settings, f"--data.plan={output}")
+    assert not (run / "plans").exists()
+
+
+def test_predict_writes_vectors_that_serve_as_teacher(
+    fit: Run, models: dict[str, str], shapes: Path, tmp_path: Path
+) -> None:
+    pairs = shapes / "text-text.parquet"
+    main(
+        [
+            "predict",
+            f"--run.dir={tmp_path / 'vectors'}",
+            f"--data.test_pairs={pairs}",
+            f"--model.embedder={models['bert']}",
+            "--trainer.accelerator=cpu",
+            "--trainer.enable_progress_bar=false",
+        ]
+    )
+    vectors = tmp_path / "vectors" / "embeddings.safetensors"
+    run = fit("text-text", f"--model.embedder={models['bert']}", f"--data.teacher={vectors}")
+    assert MinedPlan.load(run / "plans" / "epoch-0000").n_rows == 96
