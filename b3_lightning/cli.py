@@ -16,6 +16,7 @@ from urllib.parse import urlparse
 import lightning as L
 import yaml
 from jsonargparse import DefaultHelpFormatter
+from jsonargparse._deprecated import JsonargparseDeprecationWarning
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
@@ -297,10 +298,14 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _quieten() -> None:
-    """Advice of Lightning's that is about choices this program makes on purpose."""
+    """Silence advice about choices that this program makes on purpose."""
     for message in (
-        ".*does not have many workers.*",
-        ".*treespec, LeafSpec.*",
-        ".*lower value for log_every_n_steps.*",
+        ".*does not have many workers",
+        ".*is smaller than the logging interval",
+        ".*exists and is not empty",
+        ".*callbacks used to create the checkpoint need to be provided",
+        ".*could not find the monitored key",
+        ".*isinstance.treespec, LeafSpec.",
     ):
         warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", category=JsonargparseDeprecationWarning)

@@ -72,8 +72,6 @@ class PairsDataModule(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if batches == "b3":
-            check_batch_size(batch_size, mining.cluster_size)
         self.sources = {"train": train_pairs, "val": val_pairs, "test": test_pairs}
         self.image_root = Path(image_root)
         self.batches, self.batch_size, self.eval_batch_size = batches, batch_size, eval_batch_size
@@ -111,6 +109,7 @@ class PairsDataModule(L.LightningDataModule):
     def _check_training(self) -> None:
         pairs = self.pairs("train")
         if self.batches == "b3":
+            check_batch_size(self.batch_size, self.mining.cluster_size)
             self.mining.check_fits(len(pairs))
         BatchPlan(**self._random_plan())
         if self.plan_folder is not None:

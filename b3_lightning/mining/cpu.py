@@ -81,7 +81,11 @@ def metis_parts(edges: Edges, *, n_parts: int, seed: int) -> Tensor:
         return torch.zeros(edges.n_rows, dtype=torch.int64)
     offset, neighbor, weight = _adjacency(edges)
     _, part_N = pymetis.part_graph(
-        n_parts, xadj=offset, adjncy=neighbor, eweights=weight, recursive=False, options=pymetis.Options(seed=seed)
+        n_parts,
+        pymetis.CSRAdjacency(offset, neighbor),
+        eweights=weight,
+        recursive=False,
+        options=pymetis.Options(seed=seed),
     )
     return torch.tensor(part_N, dtype=torch.int64)
 

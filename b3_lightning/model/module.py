@@ -176,4 +176,4 @@ class ContrastiveModule(L.LightningModule):
         vocabulary = checkpoint.get("b3_vocabulary")
         if vocabulary is not None and isinstance(self.source, SmallEmbedder):
             # subwords were learned from the training texts; those of the checkpoint count, whatever pairs are given now
-            self.model = self.source.assemble(Tokenizer.from_str(vocabulary)).to(self.device)
+            self.model = self.source.assemble(Tokenizer.from_str(vocabulary)).to(self.device).train()

@@ -1,0 +1,77 @@
+"""Layers, packages, sizes, lightness of import, and every shipped config."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from b3_lightning.cli import main
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "b3_lightning"
+LAYERS = ("types", "progress", "mining", "model", "data", "reports", "callbacks", "cli", "__main__")
+
+
+def _files() -> list[Path]:
+    return sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("*/*.py")])
+
+
+def _layer(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_imports_point_left_only() -> None:
+    for path in _files():
+        layer = _layer(path)
+        if layer == "__init__":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("b3_lightning."):
+                target = str(node.module).split(".")[1]
+                assert LAYERS.index(target) <= LAYERS.index(layer), f"{path} must not import {target}"
+                assert {layer, target} != {"model", "data"}, f"{path}: model and data do not import each other"
+
+
+def test_packages_in_pyproject_are_the_folders() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {"b3_lightning"} | {f"b3_lightning.{path.parent.name}" for path in PACKAGE.glob("*/__init__.py")}
+    assert set(listed) == found
+
+
+def test_files_and_functions_stay_small() -> None:
+    for path in _files():
+        source = path.read_text()
+        assert source.count("\n") <= 400, path
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 50, f"{path}: {node.name}"
+
+
+def test_backends_are_imported_in_one_place() -> None:
+    heavy = {"networkit", "kaminpar", "pymetis", "igraph", "faiss", "cudf", "cugraph", "cuvs"}
+    for path in _files():
+        if path.name != "cpu.py":
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                assert not heavy & set(names), path
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = "import sys, b3_lightning; assert not {'torch', 'lightning', 'wandb'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_parses_and_says_how_to_run_it(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    header = [line for line in config.read_text().splitlines() if line.startswith("#")]
+    assert any("Hardware:" in line for line in header)
+    assert any("Command:" in line for line in header)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", f"--config={config}", "--print_config"])
+    assert stop.value.code == 0
+    assert "batch_size" in capsys.readouterr().out

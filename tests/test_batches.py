@@ -1,0 +1,101 @@
+"""The draw of batches: nothing lost, nothing twice, from (seed, epoch) alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from b3_lightning.data.sampler import EpochBatches
+from b3_lightning.mining import BatchPlan, random_clusters
+from b3_lightning.types import Clusters
+
+
+def clusters(n_rows: int, size: int, first: int = 0) -> torch.Tensor:
+    padded = torch.full((-(-n_rows // size) * size,), -1)
+    padded[:n_rows] = first + torch.randperm(n_rows, generator=torch.Generator().manual_seed(n_rows))
+    return padded.view(-1, size)
+
+
+@given(n_rows=st.integers(4, 120), size=st.integers(1, 6), per_batch=st.integers(1, 4), seed=st.integers(0, 99))
+@settings(max_examples=150, deadline=None)
+def test_epochs_hand_out_every_row_once_but_for_the_counted_carry(
+    n_rows: int, size: int, per_batch: int, seed: int
+) -> None:
+    batch_size = size * per_batch
+    assume(n_rows >= 2 * batch_size)
+    plan = BatchPlan(Clusters(clusters(n_rows, size)), batch_size=batch_size, seed=seed)
+    drawn: Counter[int] = Counter()
+    for epoch in range(4):
+        ids_MB = plan.epoch(epoch)
+        assert len(ids_MB) == plan.n_batches(epoch)
+        for ids_B in ids_MB.tolist():
+            assert len(set(ids_B)) == batch_size
+        drawn.update(ids_MB.flatten().tolist())
+        waiting = Counter(plan.carried_after(epoch).tolist())
+        assert drawn + waiting == Counter(dict.fromkeys(range(n_rows), epoch + 1))
+        assert sum(waiting.values()) == (epoch + 1) * n_rows % batch_size
+
+
+def test_batches_are_whole_clusters_combined_anew_every_epoch() -> None:
+    plan = BatchPlan(Clusters(clusters(64, 4)), batch_size=16, seed=0)
+    whole = {frozenset(ids) for ids in plan.clusters.ids_CK.tolist()}
+    batches = []
+    for epoch in range(3):
+        for ids_B in plan.epoch(epoch).tolist():
+            assert all(frozenset(ids_B[start : start + 4]) in whole for start in range(0, 16, 4))
+        batches.append({frozenset(ids_B) for ids_B in plan.epoch(epoch).tolist()})
+    assert batches[0] != batches[1] != batches[2]
+
+
+def test_same_seed_same_batches_other_seed_others() -> None:
+    first, again, other = (BatchPlan(random_clusters(40), batch_size=8, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.epoch(3), again.epoch(3))
+    assert not torch.equal(first.epoch(3), other.epoch(3))
+
+
+def test_a_batch_holds_one_task_and_weights_count_passes() -> None:
+    table = torch.cat([clusters(32, 4), clusters(64, 4, first=32)])
+    task_N = (torch.arange(96) >= 32).long()
+    plan = BatchPlan(
+        Clusters(table), batch_size=8, seed=0, task_N=task_N, task_names=("a", "b"), task_weights={"a": 2, "b": 0.5}
+    )
+    ids_MB = plan.epoch(0)
+    assert all(len(set(task_N[ids_B].tolist())) == 1 for ids_B in ids_MB)
+    assert Counter(task_N[ids_MB[:, 0]].tolist()) == {0: 8, 1: 4}
+    both = Counter(torch.cat([plan.epoch(0), plan.epoch(1)]).flatten().tolist())
+    assert all(both[row] == (4 if row < 32 else 1) for row in range(96))
+
+
+def test_a_new_plan_begins_with_the_rows_that_the_old_one_carried() -> None:
+    old = BatchPlan(Clusters(clusters(50, 4)), batch_size=16, seed=0)
+    carried = old.carried_after(1)
+    new = BatchPlan(random_clusters(50), batch_size=16, seed=0, first_epoch=2, carried=carried)
+    assert new.n_batches(2) == old.n_batches(2)
+    drawn = Counter(new.epoch(2).flatten().tolist()) + Counter(new.carried_after(2).tolist())
+    assert drawn == Counter(range(50)) + Counter(carried.tolist())
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "names", "weights", "message"),
+    [
+        (10, ("a",), {}, "batch_size=10 must be a multiple of cluster_size=4; nearest: 8"),
+        (64, ("a",), {}, "task 'a' has 32 rows, fewer than batch_size=64"),
+        (8, ("a",), {"b": 1.0}, r"unknown tasks \['b'\]"),
+        (8, ("a",), {"a": 0.0}, "weight of task 'a' is 0.0"),
+    ],
+)
+def test_bad_batches_are_refused(batch_size: int, names: tuple[str], weights: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BatchPlan(Clusters(clusters(32, 4)), batch_size=batch_size, seed=0, task_names=names, task_weights=weights)
+
+
+def test_ranks_share_a_batch_equally_and_without_overlap() -> None:
+    ids_MB = torch.arange(24).view(3, 8)
+    shares = [list(EpochBatches(ids_MB, rank=rank, world_size=2)) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*shares, strict=True)] == ids_MB.tolist()
+    with pytest.raises(ValueError, match="batch_size=8 must be a multiple of the 3 processes"):
+        EpochBatches(ids_MB, world_size=3)

@@ -1,0 +1,181 @@
+"""The real command line in a process of its own, its outputs, and its answers to mistakes."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import Run
+from safetensors.torch import load_file
+
+from b3_lightning.cli import main
+
+ROOT = Path(__file__).parent.parent
+SMALL = "--model.embedder={hidden_sizes: [8, 16], image_size: 32}"
+
+
+def command(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONWARNINGS": "default", "COLUMNS": "120"}
+    return subprocess.run(
+        [sys.executable, "-m", "b3_lightning", *args], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+def test_the_quickstart_from_data_to_export(tmp_path: Path) -> None:
+    made = command("glyphs", "--output", "data/glyphs", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    done = command(
+        "fit",
+        f"--config={ROOT / 'configs' / 'quickstart.yaml'}",
+        "--trainer.max_epochs=3",
+        "--trainer.limit_train_batches=10",
+        "--remine.start_epoch=1",
+        "--run.tags=[test]",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "quickstart"
+    for said in ("val/hit@1", "runs/quickstart/export", "wandb sync", "compare"):
+        assert said in done.stdout
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["data"]["mining"]["cluster_size"] == 8
+    assert len(list(run.glob("wandb/offline-run-*/*.wandb"))) == 1
+    with (run / "metrics.csv").open() as file:
+        assert {"train/loss", "val/mrr", "val/ndcg@10", "mining/together_frac"} <= set(next(csv.reader(file)))
+    assert "b3_lightning" in (run / "export" / "README.md").read_text()
+    _same_vectors_without_this_package(tmp_path, run)
+    compared = command("compare", str(run), str(run), cwd=tmp_path)
+    assert "val/hit@10" in compared.stdout
+
+
+def _same_vectors_without_this_package(folder: Path, run: Path) -> None:
+    """The export, in a process that cannot import b3_lightning, gives what ``predict`` gives from the checkpoint."""
+    checkpoint = next((run / "checkpoints").glob("best*.ckpt"))
+    predicted = command(
+        "predict",
+        f"--config={run / 'config.yaml'}",
+        f"--ckpt_path={checkpoint}",
+        "--data.test_pairs=data/glyphs/test.parquet",
+        "--run.dir=vectors",
+        cwd=folder,
+    )
+    assert predicted.returncode == 0, predicted.stderr
+    code = f"""
+import sys
+sys.modules["b3_lightning"] = None
+import numpy, pyarrow.parquet
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer({str(run / "export")!r}, device="cpu")
+rows = pyarrow.parquet.read_table("data/glyphs/test.parquet").to_pylist()[:20]
+images = [Image.open("data/glyphs/" + row["qry_image_path"]).convert("RGB") for row in rows]
+numpy.save("query.npy", model.encode(images))
+numpy.save("target.npy", model.encode([row["pos_text"] for row in rows]))
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True)
+    vectors = load_file(folder / "vectors" / "embeddings.safetensors")
+    for side in ("query", "target"):
+        assert np.allclose(np.load(folder / f"{side}.npy"), vectors[side][:20], atol=1e-5), side
+
+
+def test_ctrl_c_leaves_a_checkpoint(tmp_path: Path, shapes: Path) -> None:
+    pairs = shapes / "image-text.parquet"
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "b3_lightning", "fit", SMALL, "--run.wandb=disabled", "--remine.enabled=true",
+            f"--data.train_pairs={pairs}", f"--data.image_root={shapes}", "--data.batch_size=16",
+            "--data.mining={first_rank: 1, n_ranks: 10, cluster_size: 4}", "--trainer.accelerator=cpu",
+            "--trainer.max_epochs=100000", "--run.dir=run", "--trainer.enable_progress_bar=false",
+        ],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "plans" / "epoch-0002" / "plan.json").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert "Traceback" not in output
+    checkpoints = list((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
+    assert checkpoints, output
+    assert all("state_dict" in torch.load(path, weights_only=True) for path in checkpoints)
+
+
+def test_help_names_every_command(tmp_path: Path) -> None:
+    shown = command("--help", cwd=tmp_path).stdout
+    for name in ("fit", "validate", "test", "predict", "mine", "glyphs", "compare"):
+        assert f"\n  {name}" in shown or f"\n    {name}" in shown
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--data.batch_size=18"], "batch_size=18 must be a multiple of cluster_size=4; nearest: 16"),
+        (["--data.mining.first_rank=95"], "96 rows are too few for the ranks up to first_rank=95"),
+        (["--data.batch_size=128"], "96 rows, fewer than batch_size=128"),
+        (["--data.train_pairs=absent.parquet"], "no pairs file absent.parquet"),
+        (["--data.image_root=."], "96 of 96 images under"),
+        (["--data.teacher=absent.npy"], "data.teacher=absent.npy names a file of vectors that does not exist"),
+        (["--data.plan=absent"], "absent holds no mined plan"),
+    ],
+)
+def test_mistakes_end_with_their_message_alone(
+    settings: list[str], message: str, fit: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        fit("image-text", SMALL, "--remine.enabled=true", *settings)
+    assert message in f"{stop.value.code}{capsys.readouterr().err}"
+
+
+def test_unknown_settings_are_refused(fit: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        fit("image-text", SMALL, "--data.mining.frist_rank=3")
+    assert "frist_rank" in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(fit: Run) -> None:
+    fit("image-text", SMALL, "--data.batches=random", "--trainer.max_epochs=1")
+    with pytest.raises(SystemExit, match="holds another run"):
+        fit("image-text", SMALL, "--data.batches=random", "--trainer.max_epochs=1")
+
+
+def test_vectors_of_other_pairs_are_refused(fit: Run, tmp_path: Path) -> None:
+    np.save(tmp_path / "vectors.npy", np.ones((2, 50, 4), dtype=np.float32))
+    with pytest.raises(SystemExit, match="vectors of 50 rows, the pairs have 96"):
+        fit("image-text", SMALL, f"--data.teacher={tmp_path / 'vectors.npy'}")
+    np.save(tmp_path / "flat.npy", np.ones((96, 4), dtype=np.float32))
+    with pytest.raises(SystemExit, match=r"has shape \(96, 4\); \(2, rows, dimensions\)"):
+        fit("image-text", SMALL, f"--data.teacher={tmp_path / 'flat.npy'}")
+
+
+def test_re_mining_needs_reloaded_batches_and_a_student_needs_re_mining(fit: Run) -> None:
+    with pytest.raises(ValueError, match="reload_dataloaders_every_n_epochs=0 would train later epochs"):
+        fit("image-text", SMALL, "--remine.enabled=true", "--trainer.reload_dataloaders_every_n_epochs=0", name="a")
+    with pytest.raises(ValueError, match=r"needs remine\.enabled=true"):
+        fit("image-text", SMALL, name="b")
+
+
+def test_validate_from_a_checkpoint_repeats_what_fit_logged(fit: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run = fit("image-text", SMALL, "--data.batches=random")
+    with (run / "metrics.csv").open() as file:
+        last = [row for row in csv.DictReader(file) if row["val/mrr"]][-1]
+    main(
+        [
+            "validate",
+            f"--config={run / 'config.yaml'}",
+            f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}",
+        ]
+    )
+    with (run / "validate" / "metrics.csv").open() as file:
+        again = next(csv.DictReader(file))
+    assert float(again["val/mrr"]) == pytest.approx(float(last["val/mrr"]), abs=1e-6)

@@ -1,0 +1,61 @@
+"""Ranks over all unique targets: by hand, against brute force, and under the traps of cosine scores."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from b3_lightning.model.metrics import RetrievalMetrics, positive_ranks
+
+
+def test_by_hand() -> None:
+    query = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    target = torch.tensor([[0.8, 0.6], [0.6, 0.8], [0.6, 0.8]])
+    # targets 1 and 2 are one; query 2 scores all below 0, its own less badly
+    rank = positive_ranks(query, target, torch.arange(3), torch.tensor([0, 1, 1]))
+    assert rank.tolist() == [0, 0, 0]
+
+
+def test_a_tie_counts_against_the_query() -> None:
+    same = torch.ones(4, 2)
+    assert positive_ranks(same, same, torch.arange(4), torch.arange(4)).tolist() == [3, 3, 3, 3]
+
+
+def test_other_positives_of_the_same_query_are_not_counted() -> None:
+    query = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    target = torch.tensor([[1.0, 0.0], [0.9, 0.1]])
+    assert positive_ranks(query, target, torch.tensor([7, 7]), torch.arange(2)).tolist() == [0, 0]
+    assert positive_ranks(query, target, torch.arange(2), torch.arange(2)).tolist() == [0, 1]
+
+
+@given(n_rows=st.integers(1, 40), n_keys=st.integers(1, 50), seed=st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_equal_to_a_brute_force(n_rows: int, n_keys: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    key = torch.randint(0, n_keys, (n_rows,), generator=generator)
+    other = torch.randint(0, n_keys, (n_rows,), generator=generator)
+    query = torch.randn(n_rows, 4, generator=generator)
+    target = torch.randn(n_keys, 4, generator=generator)[key]
+    rank = positive_ranks(query, target, other, key)
+    for row in range(n_rows):
+        mine = {int(key[i]) for i in range(n_rows) if other[i] == other[row]}
+        unique = {int(key[i]): target[i] for i in range(n_rows)}
+        own = query[row] @ target[row]
+        better = sum(1 for name, vector in unique.items() if name not in mine and query[row] @ vector >= own - 1e-6)
+        worse = sum(1 for name, vector in unique.items() if name not in mine and query[row] @ vector >= own + 1e-6)
+        assert worse <= int(rank[row]) <= better
+
+
+def test_values_and_rows_that_a_sampler_repeats() -> None:
+    metrics = RetrievalMetrics()
+    query, target = torch.eye(3), torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 1, 0]])
+    for rows in ([0, 1], [2, 0]):
+        index = torch.tensor(rows)
+        metrics.update(query[index], target[index], row_B=index, query_key_B=index, target_key_B=index)
+    values = {name: float(value) for name, value in metrics.compute().items()}
+    # query 0 has rank 0; 1 and 2 have rank 2, since a tie at 0 counts against them
+    assert values["hit@1"] == float(torch.tensor(1 / 3))
+    assert values["hit@5"] == 1
+    assert abs(values["mrr"] - (1 + 1 / 3 + 1 / 3) / 3) < 1e-6
+    assert abs(values["ndcg@10"] - (1 + 0.5 + 0.5) / 3) < 1e-6

@@ -1,0 +1,242 @@
+"""``mine()``: hand-computed cases, properties over random inputs, agreement with trusted references."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import igraph
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from b3_lightning.mining import MinedPlan, MiningSettings, cpu, mine
+from b3_lightning.mining.clusters import cut_clusters
+from b3_lightning.mining.edges import build_edges, window_arcs
+from b3_lightning.mining.neighbors import find_neighbors
+from b3_lightning.types import Communities, Edges, Embeddings, Neighbors
+
+
+def vectors(n_rows: int, n_dims: int = 8, seed: int = 0) -> npt.NDArray[np.float32]:
+    return np.random.default_rng(seed).normal(size=(n_rows, n_dims)).astype(np.float32)
+
+
+def small(**changes: object) -> MiningSettings:
+    return MiningSettings(**{"first_rank": 1, "n_ranks": 6, "cluster_size": 4, **changes})  # type: ignore[arg-type]
+
+
+def brute_force(query: Tensor, target: Tensor, keys: Tensor, width: int) -> Tensor:
+    score = (
+        torch.nn.functional.normalize(query.double(), dim=1) @ torch.nn.functional.normalize(target.double(), dim=1).T
+    )
+    score[keys[:, None] == keys] = -torch.inf
+    best = score.sort(dim=1, descending=True, stable=True)
+    return best.indices.masked_fill(best.values == -torch.inf, -1)[:, :width]
+
+
+@given(n_rows=st.integers(2, 40), width=st.integers(1, 50), n_keys=st.integers(1, 60), seed=st.integers(0, 10_000))
+@settings(max_examples=80, deadline=None)
+def test_neighbours_are_those_of_a_float64_brute_force(n_rows: int, width: int, n_keys: int, seed: int) -> None:
+    query, target = (torch.tensor(vectors(n_rows, seed=seed + side)) for side in (0, 1))
+    keys = torch.tensor(np.random.default_rng(seed).integers(0, n_keys, n_rows))
+    found = find_neighbors(
+        Embeddings.from_arrays(query, target), n_neighbors=width, target_key_N=keys, memory_budget_gib=1e-7
+    )
+    expected = torch.full((n_rows, width), -1)
+    exact = brute_force(query, target, keys, width)
+    expected[:, : exact.shape[1]] = exact
+    assert torch.equal(found.ids_NW, expected)
+    assert bool((found.scores_NW.diff(dim=1)[found.ids_NW[:, 1:] >= 0] <= 0).all())
+
+
+def test_ties_go_to_the_lowest_ids_also_when_all_rows_are_equal() -> None:
+    same = np.ones((60, 4), dtype=np.float32)
+    found = find_neighbors(Embeddings.from_arrays(same, same), n_neighbors=5, target_key_N=torch.arange(60))
+    assert found.ids_NW[0].tolist() == [1, 2, 3, 4, 5]
+    assert found.ids_NW[3].tolist() == [0, 1, 2, 4, 5]
+
+
+def six_rows() -> Neighbors:
+    """Rows 0-1-2 and 3-4-5 rank one another; 2 also ranks 3, which does not rank 2."""
+    ids = torch.tensor([[1, 2], [0, 2], [1, 3], [4, 5], [3, 5], [4, 3]])
+    return Neighbors(ids, torch.zeros(6, 2), torch.ones(6))
+
+
+def test_edges_by_hand() -> None:
+    mutual = build_edges(six_rows(), first_rank=0, n_ranks=2, kind="mutual")
+    assert list(zip(mutual.source_E.tolist(), mutual.target_E.tolist(), strict=True)) == [
+        (0, 1),
+        (1, 2),
+        (3, 4),
+        (3, 5),
+        (4, 5),
+    ]
+    either = build_edges(six_rows(), first_rank=0, n_ranks=2, kind="either")
+    assert len(either) == 7
+    late = build_edges(six_rows(), first_rank=1, n_ranks=1, kind="mutual")
+    assert (late.source_E.tolist(), late.target_E.tolist()) == ([3], [5])
+
+
+@pytest.mark.parametrize("algorithm", ["louvain", "leiden", "metis", "none"])
+def test_planted_blocks_become_clusters(algorithm: str) -> None:
+    rng = np.random.default_rng(0)
+    centers = np.eye(8, dtype=np.float32)
+    block = np.repeat(np.arange(8), 8)
+    query, target = (centers[block] + 0.05 * rng.normal(size=(64, 8)).astype(np.float32) for _ in range(2))
+    order = rng.permutation(64)
+    mined = mine(
+        query[order],
+        target[order],
+        settings=MiningSettings(first_rank=0, n_ranks=7, cluster_size=8, communities=algorithm),  # type: ignore[arg-type]
+    )
+    for ids_K in mined.clusters.ids_CK:
+        assert len(set(block[order][ids_K])) == 1
+    assert mined.summary()["kept_frac"] == 1
+
+
+def test_louvain_is_as_good_as_igraph_on_a_random_graph() -> None:
+    rng = np.random.default_rng(1)
+    pairs = np.unique(np.sort(rng.integers(0, 300, size=(1500, 2)), axis=1), axis=0)
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+    edges = Edges(torch.tensor(pairs[:, 0]), torch.tensor(pairs[:, 1]), torch.ones(len(pairs)), 300)
+    graph = igraph.Graph(n=300, edges=pairs.tolist())
+    ours = graph.modularity(cpu.louvain(edges, resolution=1.0, seed=0).tolist())
+    theirs = graph.community_multilevel().modularity
+    assert ours >= 0.95 * theirs
+
+
+@given(
+    n_rows=st.integers(9, 60),
+    cluster_size=st.integers(2, 9),
+    algorithm=st.sampled_from(["louvain", "leiden", "metis", "none"]),
+    kind=st.sampled_from(["mutual", "either"]),
+    n_tasks=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_row_once_sizes_exact_and_repeatable(
+    n_rows: int, cluster_size: int, algorithm: str, kind: str, n_tasks: int, seed: int
+) -> None:
+    query, target = vectors(n_rows, seed=seed), vectors(n_rows, seed=seed + 1)
+    tasks = [f"task {row % n_tasks}" for row in range(n_rows)]
+    chosen = small(cluster_size=cluster_size, communities=algorithm, edges=kind, seed=seed)
+    mined = mine(query, target, settings=chosen, tasks=tasks)
+    ids_CK = mined.clusters.ids_CK
+    assert sorted(ids_CK[ids_CK >= 0].tolist()) == list(range(n_rows))
+    for task in range(n_tasks):
+        of_task = ids_CK[mined.task_N[ids_CK[:, 0]] == task]
+        assert len(of_task) == math.ceil(sum(name == f"task {task}" for name in tasks) / cluster_size)
+        assert bool((of_task[:-1] >= 0).all())
+    for ids_K in ids_CK:
+        assert len({tasks[row] for row in ids_K.tolist() if row >= 0}) == 1
+    again = mine(query, target, settings=chosen, tasks=tasks)
+    assert torch.equal(again.clusters.ids_CK, ids_CK)
+    assert torch.equal(again.communities.label_N, mined.communities.label_N)
+
+
+def test_rows_with_equal_targets_are_no_neighbours_and_scores_are_cosines() -> None:
+    query, target = vectors(40), vectors(40, seed=1)
+    keys = [row // 2 for row in range(40)]
+    mined = mine(query, target, settings=small(), target_keys=keys)
+    for row in range(40):
+        assert row ^ 1 not in mined.neighbors.ids_NW[row].tolist()
+    unit = [v / np.linalg.norm(v, axis=1, keepdims=True) for v in (query, target)]
+    assert np.allclose(mined.neighbors.positive_score_N, (unit[0] * unit[1]).sum(axis=1), atol=1e-6)
+
+
+def test_a_graph_without_edges_still_gives_full_clusters_of_similar_rows() -> None:
+    vector = np.repeat(np.eye(4, dtype=np.float32), 4, axis=0)
+    embeddings = Embeddings.from_arrays(vector, vector)
+    none = torch.empty(0, dtype=torch.int64)
+    edges = Edges(none, none, torch.empty(0), 16)
+    clusters = cut_clusters(
+        edges, Communities(torch.zeros(16, dtype=torch.int64)), (none, none), embeddings,
+        cluster_size=4, already_cut=False, seed=0,
+    )  # fmt: skip
+    assert clusters.ids_CK.shape == (4, 4)
+
+
+def test_louvain_and_kaminpar_keep_more_edges_than_metis() -> None:
+    rng = np.random.default_rng(0)
+    centers = rng.normal(size=(60, 16))
+    vector = centers[rng.integers(0, 60, 1200)] + 0.8 * rng.normal(size=(1200, 16))
+    noisy = vector + 0.3 * rng.normal(size=vector.shape)
+    kept = {
+        name: mine(
+            vector,
+            noisy,
+            settings=MiningSettings(first_rank=2, n_ranks=30, cluster_size=8, communities=name),
+        ).summary()["kept_frac"]
+        for name in ("louvain", "metis")
+    }
+    assert kept["louvain"] > 1.2 * kept["metis"]
+
+
+def test_a_plan_survives_its_folder(tmp_path: Path) -> None:
+    mined = mine(vectors(30), vectors(30, seed=1), settings=small(), tasks=["a"] * 14 + ["b"] * 16)
+    mined.save(tmp_path / "plan")
+    loaded = MinedPlan.load(tmp_path / "plan")
+    assert torch.equal(loaded.clusters.ids_CK, mined.clusters.ids_CK)
+    assert torch.equal(loaded.neighbors.ids_NW, mined.neighbors.ids_NW)
+    assert torch.equal(loaded.neighbors.scores_NW, mined.neighbors.scores_NW)
+    assert torch.equal(loaded.edges.source_E, mined.edges.source_E)
+    assert torch.equal(loaded.communities.label_N, mined.communities.label_N)
+    assert torch.equal(loaded.task_N, mined.task_N)
+    assert (loaded.task_names, loaded.settings) == (("a", "b"), mined.settings)
+
+
+def test_a_damaged_or_foreign_plan_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no plan\.json"):
+        MinedPlan.load(tmp_path)
+    mine(vectors(30), vectors(30, seed=1), settings=small()).save(tmp_path)
+    path = tmp_path / "plan.parquet"
+    path.write_bytes(path.read_bytes()[:-7] + b"changed")
+    with pytest.raises(ValueError, match="SHA-256 differs"):
+        MinedPlan.load(tmp_path)
+    description = tmp_path / "plan.json"
+    description.write_text(description.read_text().replace('"format_version": 1', '"format_version": 99'))
+    with pytest.raises(ValueError, match="format version 99"):
+        MinedPlan.load(tmp_path)
+
+
+def _with(value: float, row: int) -> npt.NDArray[np.float32]:
+    broken = vectors(30)
+    broken[row] = value
+    return broken
+
+
+@pytest.mark.parametrize(
+    ("query", "target", "changes", "message"),
+    [
+        (_with(np.nan, 3), vectors(30), {}, r"query vectors hold NaN.*row\(s\) 3"),
+        (vectors(30), _with(0.0, 7), {}, r"target vectors hold.*only zeros.*row\(s\) 7"),
+        (vectors(30), vectors(29), {}, r"\(30, 8\) and target vectors \(29, 8\)"),
+        (vectors(30), vectors(30, 9), {}, "same dimension"),
+        (vectors(30), vectors(30)[0], {}, "needed: .rows, dimensions."),
+        (vectors(3), vectors(3), {"first_rank": 0, "n_ranks": 1}, "3 rows are fewer than cluster_size=4"),
+        (vectors(7), vectors(7), {}, r"7 rows are too few.*more than 7 rows"),
+    ],
+)
+def test_bad_input_is_refused_with_what_and_where(
+    query: npt.NDArray[np.float32], target: npt.NDArray[np.float32], changes: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        mine(query, target, settings=small(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"first_rank": -1}, {"n_ranks": 0}, {"cluster_size": 1}, {"communities": "metsi"}, {"resolution": 0}]
+)
+def test_bad_settings_are_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        small(**changes)
+
+
+def test_window_arcs_leave_out_missing_ranks() -> None:
+    neighbors = Neighbors(torch.tensor([[1, -1], [0, -1]]), torch.zeros(2, 2), torch.ones(2))
+    from_A, to_A = window_arcs(neighbors, first_rank=0, n_ranks=2)
+    assert (from_A.tolist(), to_A.tolist()) == ([0, 1], [1, 0])
