@@ -134,6 +134,8 @@ class B3CLI(LightningCLI):
             if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
                 callbacks += self._checkpoints()
             callbacks.append(Export(self.parser_dump()))
+        else:
+            kwargs["enable_checkpointing"] = False
         if self.subcommand == "predict":
             callbacks.append(EmbeddingWriter())
         if given.get("enable_progress_bar") is not False:
