@@ -192,7 +192,12 @@ class B3CLI(LightningCLI):
         keep_old_metrics(folder)
 
     def before_mine(self) -> None:
-        self._check(lambda: self.datamodule.load("train"))
+        self._check(self._refuse_other_plan, lambda: self.datamodule.load("train"))
+
+    def _refuse_other_plan(self) -> None:
+        output = Path(self._get(self.config, "output"))
+        if (output / "plan.json").exists():
+            raise ValueError(f"output={output} holds another plan; name a new folder")
 
     def _splits(self) -> list[str]:
         return ["train", "val"] if self.datamodule.sources["val"] is not None else ["train"]

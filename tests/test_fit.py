@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run
+from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from b3_lightning.cli import main
+from b3_lightning.data.collate import prepare
+from b3_lightning.data.pairs import Item
 from b3_lightning.mining import MinedPlan
+from b3_lightning.model.embedder import LoadSettings, load_embedder
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -120,25 +124,42 @@ def _validations(run: Path) -> list[tuple[str, ...]]:
 
 def test_mine_writes_a_plan_that_fit_trains_on(fit: Run, models: dict[str, str], shapes: Path, tmp_path: Path) -> None:
     output = tmp_path / "plan"
-    settings = [
-        f"--model.embedder={models['bert']}",
-        f"--data.teacher={models['bert']}",
+    settings = [f"--model.embedder={models['bert']}", f"--data.teacher={models['bert']}"]
+    command = [
+        "mine",
+        f"--output={output}",
+        f"--data.train_pairs={shapes / 'text-text.parquet'}",
+        "--data.batch_size=16",
+        "--data.mining={first_rank: 1, n_ranks: 10, cluster_size: 4}",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        *settings,
     ]
-    main(
-        [
-            "mine",
-            f"--output={output}",
-            f"--data.train_pairs={shapes / 'text-text.parquet'}",
-            "--data.batch_size=16",
-            "--data.mining={first_rank: 1, n_ranks: 10, cluster_size: 4}",
-            "--trainer.accelerator=cpu",
-            "--trainer.enable_progress_bar=false",
-            *settings,
-        ]
-    )
+    main(command)
     assert "large red circle" in (output / "report.md").read_text()
     run = fit("text-text", *settings, f"--data.plan={output}")
     assert not (run / "plans").exists()
+    with pytest.raises(SystemExit, match="holds another plan"):
+        main(command)
+
+
+def test_text_that_is_a_web_address_stays_text(models: dict[str, str]) -> None:
+    embedder = load_embedder(models["qwen2_vl"], LoadSettings(pooling="lasttoken"), None)
+    item = Item("https://example.com/red.png", "")
+    (features,) = prepare([item, Item("a circle", "")], Path(), embedder.preprocess)
+    assert features.tensors["modality"] == "text" or "pixel_values" not in features.tensors
+
+
+def test_pixel_limits_bound_an_image(models: dict[str, str]) -> None:
+    picture = Image.new("RGB", (300, 300))
+    patches = {}
+    for most in (8, 32):
+        load = LoadSettings(pooling="lasttoken", min_pixels=4 * 28 * 28, max_pixels=most * 28 * 28)
+        features = load_embedder(models["qwen2_vl"], load, None).preprocess([picture])
+        patches[most] = int(features["image_grid_thw"].prod())
+    assert patches[8] <= 8 * 4 < patches[32] <= 32 * 4
+    with pytest.raises(ValueError, match="give both or neither"):
+        LoadSettings(max_pixels=100)
 
 
 def test_predict_writes_vectors_that_serve_as_teacher(

@@ -83,8 +83,8 @@ class LoadSettings:
         pooling: set for a plain transformers model (``lasttoken``, ``mean``, ``cls``); absent, the folder's own
             sentence-transformers modules are used.
         max_seq_length: tokens a text is cut to; the model's own limit where absent.
-        min_pixels: of an image, for Qwen2-VL and its kin.
-        max_pixels: of an image, for Qwen2-VL and its kin.
+        min_pixels: an image is enlarged to at least so many, for Qwen2-VL and its kin.
+        max_pixels: an image is shrunk to at most so many; given with ``min_pixels`` or not at all.
         dtype: of the weights, such as ``bfloat16``; float32 where absent.
         gradient_checkpointing: trade compute for memory.
     """
@@ -95,6 +95,10 @@ class LoadSettings:
     max_pixels: int | None = None
     dtype: str | None = None
     gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.min_pixels is None) != (self.max_pixels is None):
+            raise ValueError(f"min_pixels={self.min_pixels} and max_pixels={self.max_pixels}: give both or neither")
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,10 @@ class LoraSettings:
 
 def load_embedder(path: str, load: LoadSettings, lora: LoraSettings | None) -> SentenceTransformer:
     """Load from a folder or a hub name, with unit-norm embeddings and, where asked for, a LoRA adapter."""
-    pixels = {name: getattr(load, name) for name in ("min_pixels", "max_pixels") if getattr(load, name) is not None}
     model_kwargs: dict[str, Any] = {"dtype": load.dtype or "float32"}
+    # Qwen2-VL's processor calls the fewest and most pixels of an image its shortest and longest edge
+    size = {"shortest_edge": load.min_pixels, "longest_edge": load.max_pixels}
+    pixels = {"size": size} if load.min_pixels is not None else {}
     if load.pooling is None:
         model = SentenceTransformer(path, device="cpu", model_kwargs=model_kwargs, processor_kwargs=pixels)
     else:
