@@ -185,7 +185,13 @@ class B3CLI(LightningCLI):
         return [best, last]
 
     def before_fit(self) -> None:
-        self._check(self._refuse_other_run, lambda: self.datamodule.load(*self._splits()))
+        if self.trainer.is_global_zero:
+            self._check(self._refuse_other_run)
+        self._check(lambda: self.datamodule.load(*self._splits()))
+        if self.trainer.is_global_zero:
+            self._begin_run()
+
+    def _begin_run(self) -> None:
         folder = Path(self.run.dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(self.parser_dump(), encoding="utf-8")
@@ -278,7 +284,10 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     _quieten()
     mode = {"parser_mode": "omegaconf+"}
-    argv, sys.argv = sys.argv, sys.argv[:1]
+    # DDP starts its other processes with sys.argv, so that must stay as it is on a real command line
+    argv = sys.argv
+    if args is not None:
+        sys.argv = argv[:1]
     try:
         B3CLI(
             ContrastiveModule,
@@ -298,7 +307,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 "epilog": EPILOG,
                 **{name: dict(mode) for name in B3CLI.subcommands()},
             },
-            args=given,
+            args=args,
         )
     finally:
         sys.argv = argv
