@@ -111,6 +111,21 @@ def test_ctrl_c_leaves_a_checkpoint(tmp_path: Path, shapes: Path) -> None:
     assert all("state_dict" in torch.load(path, weights_only=True) for path in checkpoints)
 
 
+def test_two_processes_train_on_one_plan(tmp_path: Path, shapes: Path) -> None:
+    pairs = shapes / "image-text.parquet"
+    done = command(
+        "fit", SMALL, "--run.wandb=disabled", "--run.dir=run", "--remine.enabled=true", "--data.batch_size=16",
+        f"--data.train_pairs={pairs}", f"--data.val_pairs={pairs}", f"--data.image_root={shapes}",
+        "--data.mining={first_rank: 1, n_ranks: 10, cluster_size: 4}", "--trainer.max_epochs=3",
+        "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp_find_unused_parameters_true",
+        "--trainer.enable_progress_bar=false",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "run" / "plans").iterdir()) == ["epoch-0001", "epoch-0002"]
+    assert "18 steps" in done.stdout
+
+
 def test_help_names_every_command(tmp_path: Path) -> None:
     shown = command("--help", cwd=tmp_path).stdout
     for name in ("fit", "validate", "test", "predict", "mine", "glyphs", "compare"):

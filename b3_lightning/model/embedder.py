@@ -5,8 +5,10 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
@@ -52,8 +54,12 @@ class SmallEmbedder:
         )
         size = {"height": self.image_size, "width": self.image_size}
         with tempfile.TemporaryDirectory(prefix="b3_lightning_") as folder:
-            ResNetModel(config).save_pretrained(folder)
-            ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
+            # not save_pretrained: in a run of several processes only the first of them writes
+            weights = {name: tensor.contiguous() for name, tensor in ResNetModel(config).state_dict().items()}
+            save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+            config.to_json_file(Path(folder) / "config.json")
+            processor = ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+            processor.to_json_file(Path(folder) / "preprocessor_config.json")
             return Transformer(
                 folder,
                 modality_config={"image": {"method": "forward", "method_output_name": "pooler_output"}},
