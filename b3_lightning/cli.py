@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dis
 import netrc
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -186,8 +186,10 @@ class B3CLI(LightningCLI):
 
     def before_fit(self) -> None:
         if self.trainer.is_global_zero:
-            self._check(self._refuse_other_run)
-        self._check(lambda: self.datamodule.load(*self._splits()))
+            self._refuse_other_run()
+        self._get(self.config_init, "remine").check(self.datamodule, self.trainer)
+        self.datamodule.trainer = self.trainer
+        self.datamodule.setup("fit")
         if self.trainer.is_global_zero:
             self._begin_run()
 
@@ -198,32 +200,19 @@ class B3CLI(LightningCLI):
         keep_old_metrics(folder)
 
     def before_mine(self) -> None:
-        self._check(self._refuse_other_plan, lambda: self.datamodule.load("train"))
-
-    def _refuse_other_plan(self) -> None:
         output = Path(self._get(self.config, "output"))
         if (output / "plan.json").exists():
             raise ValueError(f"output={output} holds another plan; name a new folder")
-
-    def _splits(self) -> list[str]:
-        return ["train", "val"] if self.datamodule.sources["val"] is not None else ["train"]
+        self.datamodule.load("train")
 
     def _refuse_other_run(self) -> None:
         folder = Path(self.run.dir)
         resumed = self._get(self.config, "ckpt_path")
-        if resumed is None and any((folder / name).exists() for name in ("config.yaml", "metrics.csv", "checkpoints")):
+        if resumed is None and any((folder / name).exists() for name in ("metrics.csv", "checkpoints", "export")):
             raise ValueError(
                 f"run.dir={folder} holds another run; set --run.dir to a new folder, "
                 f"or go on with it: --ckpt_path={folder}/checkpoints/last.ckpt"
             )
-
-    def _check(self, *checks: Callable[[], None]) -> None:
-        """Mistakes in the user's settings and data end the program with their message alone."""
-        for check in checks:
-            try:
-                check()
-            except (ValueError, FileNotFoundError) as error:
-                sys.exit(f"error: {error}")
 
     def after_fit(self) -> None:
         if self.trainer.is_global_zero:
@@ -276,12 +265,28 @@ class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
 def main(args: list[str] | None = None) -> None:
     """Run one command; ``args`` default to those of the process."""
     given = list(sys.argv[1:] if args is None else args)
-    if given and given[0] in VERBS:
-        try:
+    try:
+        if given and given[0] in VERBS:
             _run_verb(given)
-        except (ValueError, FileNotFoundError) as error:
-            sys.exit(f"error: {error}")
-        return
+        else:
+            _run_lightning(args)
+    except (ValueError, FileNotFoundError) as error:
+        if not _is_ours(error):
+            raise
+        sys.exit(f"error: {error}")
+
+
+def _is_ours(error: Exception) -> bool:
+    """Does it come from a ``raise`` in this package? Then it tells of a mistake in settings or data, not of a bug."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None or not str(place.tb_frame.f_globals.get("__name__")).startswith("b3_lightning."):
+        return False
+    return dis.opname[place.tb_frame.f_code.co_code[place.tb_lasti]] == "RAISE_VARARGS"
+
+
+def _run_lightning(args: list[str] | None) -> None:
     _quieten()
     mode = {"parser_mode": "omegaconf+"}
     # DDP starts its other processes with sys.argv, so that must stay as it is on a real command line

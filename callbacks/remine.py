@@ -41,21 +41,25 @@ class Remine(Callback):
         """Is a new plan mined before this epoch?"""
         return self.enabled and epoch >= self.start_epoch and (epoch - self.start_epoch) % self.every_n_epochs == 0
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        data = _datamodule(trainer)
-        if stage != "fit" or data.batches != "b3":
-            return
+    def check(self, data: PairsDataModule, trainer: Trainer) -> None:
+        """Refuse settings under which re-mining would be without effect, or a student would never mine."""
         reload: int = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
-        if reload != 1:
+        if data.batches == "b3" and reload != 1:
             raise ValueError(
                 f"trainer.reload_dataloaders_every_n_epochs={reload} would train "
                 "later epochs on the batches of the first; set it to 1"
             )
-        if not self.enabled and data.teacher == "student" and data.plan_folder is None:
+        if data.batches == "b3" and not self.enabled and data.teacher == "student" and data.plan_folder is None:
             raise ValueError(
                 "data.teacher=student mines with the model in training, so it needs remine.enabled=true; "
                 "or name another teacher, or set data.batches=random"
             )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        data = _datamodule(trainer)
+        if stage != "fit" or data.batches != "b3":
+            return
+        self.check(data, trainer)
         # asked when an epoch's loader is built: on_train_epoch_start is too late, and on_train_epoch_end is not called
         # again for a run that is resumed from the end of an epoch
         data.before_epoch = [partial(self._remine_if_due, trainer)]

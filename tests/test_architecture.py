@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,21 @@ def test_every_config_parses_and_says_how_to_run_it(config: Path, capsys: pytest
         main(["fit", f"--config={config}", "--print_config"])
     assert stop.value.code == 0
     assert "batch_size" in capsys.readouterr().out
+
+
+def test_a_wheel_holds_the_callbacks_and_the_types_marker(tmp_path: Path) -> None:
+    copy = tmp_path / "source"
+    copy.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("b3_lightning", "callbacks"):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True)
+    built = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)],
+        cwd=copy, capture_output=True, text=True,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "b3_lightning").rglob("*.py")}
+    assert sources <= set(names)
+    assert {"b3_lightning/py.typed", "b3_lightning/callbacks/remine.py"} <= set(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from b3_lightning.data.sampler import EpochBatches
-from b3_lightning.mining import BatchPlan, random_clusters
+from b3_lightning.mining import BatchPlan, MiningSettings, mine, random_clusters
+from b3_lightning.model.loss import same_key
 from b3_lightning.types import Clusters
 
 
@@ -38,6 +40,24 @@ def test_epochs_hand_out_every_row_once_but_for_the_counted_carry(
         waiting = Counter(plan.carried_after(epoch).tolist())
         assert drawn + waiting == Counter(dict.fromkeys(range(n_rows), epoch + 1))
         assert sum(waiting.values()) == (epoch + 1) * n_rows % batch_size
+
+
+@given(n_rows=st.integers(20, 60), n_targets=st.integers(2, 20), n_queries=st.integers(5, 60), seed=st.integers(0, 999))
+@settings(max_examples=60, deadline=None)
+def test_rows_with_one_target_or_one_query_meet_only_masked(
+    n_rows: int, n_targets: int, n_queries: int, seed: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    target_key = torch.randint(n_targets, (n_rows,), generator=random)
+    query_key = torch.randint(n_queries, (n_rows,), generator=random)
+    query, target = torch.randn(2, n_rows, 6, generator=random)
+    chosen = MiningSettings(first_rank=1, n_ranks=6, cluster_size=4, seed=seed)
+    plan = mine(query, target, settings=chosen, target_keys=target_key).batches(batch_size=8, seed=seed)
+    for ids_B in plan.epoch(0):
+        ignored = same_key(query_key[ids_B], query_key[ids_B], target_key[ids_B], target_key[ids_B])
+        for a, b in itertools.product(range(8), repeat=2):
+            same = target_key[ids_B[a]] == target_key[ids_B[b]] or query_key[ids_B[a]] == query_key[ids_B[b]]
+            assert bool(ignored[a, b]) == bool(same)
 
 
 def test_batches_are_whole_clusters_combined_anew_every_epoch() -> None:

@@ -174,10 +174,31 @@ def test_vectors_of_other_pairs_are_refused(fit: Run, tmp_path: Path) -> None:
 
 
 def test_re_mining_needs_reloaded_batches_and_a_student_needs_re_mining(fit: Run) -> None:
-    with pytest.raises(ValueError, match="reload_dataloaders_every_n_epochs=0 would train later epochs"):
-        fit("image-text", SMALL, "--remine.enabled=true", "--trainer.reload_dataloaders_every_n_epochs=0", name="a")
-    with pytest.raises(ValueError, match=r"needs remine\.enabled=true"):
-        fit("image-text", SMALL, name="b")
+    with pytest.raises(SystemExit, match="reload_dataloaders_every_n_epochs=0 would train later epochs"):
+        fit("image-text", SMALL, "--remine.enabled=true", "--trainer.reload_dataloaders_every_n_epochs=0")
+    with pytest.raises(SystemExit, match=r"needs remine\.enabled=true"):
+        fit("image-text", SMALL)
+
+
+@pytest.mark.parametrize(
+    ("kind", "embedder", "unfit"),
+    [
+        ("both-image", SMALL, r"SmallEmbedder does not take \('image', 'text'\)"),
+        ("image-text", "bert", "not take image,"),
+    ],
+)
+def test_pairs_that_the_model_cannot_take_are_refused(
+    kind: str, embedder: str, unfit: str, fit: Run, models: dict[str, str]
+) -> None:
+    given = f"--model.embedder={models[embedder]}" if embedder in models else embedder
+    with pytest.raises(SystemExit, match=unfit):
+        fit(kind, given, "--data.batches=random")
+
+
+def test_a_bug_keeps_its_traceback(fit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("b3_lightning.data.datamodule.PairDataset", lambda n_rows: int("no number"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        fit("image-text", SMALL, "--data.batches=random")
 
 
 def test_validate_from_a_checkpoint_repeats_what_fit_logged(fit: Run, capsys: pytest.CaptureFixture[str]) -> None:

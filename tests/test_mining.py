@@ -160,20 +160,24 @@ def test_a_graph_without_edges_still_gives_full_clusters_of_similar_rows() -> No
     assert clusters.ids_CK.shape == (4, 4)
 
 
-def test_louvain_and_kaminpar_keep_more_edges_than_metis() -> None:
+def test_louvain_and_swaps_keep_more_edges_than_the_recipe_of_the_paper() -> None:
     rng = np.random.default_rng(0)
     centers = rng.normal(size=(60, 16))
     vector = centers[rng.integers(0, 60, 1200)] + 0.8 * rng.normal(size=(1200, 16))
     noisy = vector + 0.3 * rng.normal(size=vector.shape)
     kept = {
-        name: mine(
+        (name, rounds): mine(
             vector,
             noisy,
-            settings=MiningSettings(first_rank=2, n_ranks=30, cluster_size=8, communities=name),
+            settings=MiningSettings(
+                first_rank=2, n_ranks=30, cluster_size=8, communities=name, swap_rounds=rounds, backend="cpu"
+            ),
         ).summary()["kept_frac"]
         for name in ("louvain", "metis")
+        for rounds in (0, 30)
     }
-    assert kept["louvain"] > 1.2 * kept["metis"]
+    assert kept["louvain", 0] > 1.2 * kept["metis", 0]
+    assert kept["louvain", 30] > 1.03 * kept["louvain", 0]
 
 
 def test_a_plan_survives_its_folder(tmp_path: Path) -> None:

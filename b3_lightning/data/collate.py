@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from b3_lightning.data.images import load_image
-from b3_lightning.data.pairs import Item, PairTable
+from b3_lightning.data.pairs import Item, Modality, PairTable, modality_of
 
 Preprocess = Callable[[Sequence[Any]], dict[str, Any]]
 """``SentenceTransformer.preprocess``: texts, images or dicts of both -> tensors."""
@@ -39,9 +39,9 @@ class Features(NamedTuple):
 
 def prepare(items: Sequence[Item], image_root: Path, preprocess: Preprocess) -> list[Features]:
     """Load and preprocess items; texts, images and both go separately, since a model takes one kind at a time."""
-    kinds: dict[tuple[bool, bool], list[int]] = {}
+    kinds: dict[Modality, list[int]] = {}
     for position, item in enumerate(items):
-        kinds.setdefault((bool(item.text), bool(item.image)), []).append(position)
+        kinds.setdefault(modality_of(item), []).append(position)
     return [
         Features(torch.tensor(positions), preprocess([model_input(items[i], image_root) for i in positions]))
         for positions in kinds.values()

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from b3_lightning.data.collate import Features, PairCollator, PairDataset
 from b3_lightning.data.images import ImageCheck, check_images
-from b3_lightning.data.pairs import PairSource, PairTable, load_pairs
+from b3_lightning.data.pairs import TEXT_AND_IMAGE, Modality, PairSource, PairTable, load_pairs, modality_of
 from b3_lightning.data.sampler import EpochBatches
 from b3_lightning.data.teacher import VECTOR_SUFFIXES, encode_pairs, load_vectors, teacher_embed
 from b3_lightning.mining import BatchPlan, MinedPlan, MiningSettings, mine, random_clusters
@@ -121,8 +121,18 @@ class PairsDataModule(L.LightningDataModule):
         """The rows of a loaded split."""
         return self._splits[split].pairs
 
+    def modalities(self) -> set[Modality]:
+        """What the loaded pairs hold: text, images, both in one item."""
+        items = (item for split in self._splits.values() for side in TEXT_AND_IMAGE for item in split.pairs.items(side))
+        return {modality_of(item) for item in items}
+
     def train_texts(self) -> Iterator[str]:
         """Every text of the training pairs, for learning a vocabulary."""
+        if "train" not in self._splits:
+            raise ValueError(
+                "a small embedder learns its vocabulary from the training pairs: set data.train_pairs too, "
+                "or name the run's export as model.embedder"
+            )
         for side in ("query", "target"):
             yield from (item.text for item in self.pairs("train").items(side) if item.text)
 

@@ -53,6 +53,17 @@ class Item(NamedTuple):
     image: str
 
 
+Modality = str | tuple[str, str]
+"""``text``, ``image``, or ``(image, text)``: sentence-transformers' names."""
+
+
+def modality_of(item: Item) -> Modality:
+    """What an item holds."""
+    if item.text and item.image:
+        return ("image", "text")
+    return "image" if item.image else "text"
+
+
 class PairTable:
     """All pairs of a run, row ids being positions in the order of the sources."""
 

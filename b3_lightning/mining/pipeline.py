@@ -18,6 +18,7 @@ from b3_lightning.mining.edges import build_edges, window_arcs
 from b3_lightning.mining.neighbors import Progress, find_neighbors
 from b3_lightning.mining.plan import MinedPlan
 from b3_lightning.mining.settings import MiningSettings
+from b3_lightning.mining.swaps import improve_by_swaps
 from b3_lightning.types import PADDING, Clusters, Communities, Edges, Embeddings, Neighbors
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def mine(
 def _mine_task(
     embeddings: Embeddings, target_key_N: Tensor, settings: MiningSettings, progress: Progress | None
 ) -> MinedPlan:
-    """The five stages on one task, rows numbered from 0."""
+    """The stages on one task, rows numbered from 0."""
     seconds: dict[str, float] = {}
     window = {"first_rank": settings.first_rank, "n_ranks": settings.n_ranks}
     with _timed("neighbours", seconds, progress):
@@ -96,6 +97,8 @@ def _mine_task(
             already_cut=settings.communities == "metis",
             seed=settings.seed,
         )
+    with _timed("swaps", seconds, progress):
+        clusters = improve_by_swaps(clusters, edges, max_rounds=settings.swap_rounds)
     task_N = torch.zeros(len(embeddings), dtype=torch.int64)
     return MinedPlan(neighbors, edges, communities, clusters, task_N, ("default",), settings, seconds)
 

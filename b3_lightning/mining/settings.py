@@ -21,6 +21,8 @@ class MiningSettings:
         communities: ``louvain`` or ``leiden`` (then cut by KaMinPar inside the communities), ``metis`` (the paper's own
             k-way partition), or ``none`` (KaMinPar on the whole graph).
         resolution: of Louvain and Leiden; above 1 gives smaller communities.
+        swap_rounds: at most so many rounds of swaps that raise the share of edges kept inside clusters; 0 leaves the
+            clusters as they were cut (the paper's recipe is ``communities: metis`` with 0).
         backend: where mining runs.
         seed: of every random choice; the same seed and settings give the same plan.
         memory_budget_gib: bounds the tile of scores held while neighbours are searched.
@@ -32,12 +34,13 @@ class MiningSettings:
     edges: EdgeKind = "mutual"
     communities: CommunityAlgorithm = "louvain"
     resolution: float = 1.0
+    swap_rounds: int = 30
     backend: Literal["cpu"] = "cpu"
     seed: int = 0
     memory_budget_gib: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, least in (("first_rank", 0), ("n_ranks", 1), ("cluster_size", 2), ("seed", 0)):
+        for name, least in (("first_rank", 0), ("n_ranks", 1), ("cluster_size", 2), ("swap_rounds", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} is too small; it must be at least {least}")
         for name, allowed in (

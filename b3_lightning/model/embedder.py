@@ -162,6 +162,16 @@ def _add_lora(model: SentenceTransformer, lora: LoraSettings) -> None:
     )
 
 
+def check_supports(model: SentenceTransformer, name: str, modalities: Iterable[Any]) -> None:
+    """Refuse pairs that hold what the model does not take: ``text``, ``image`` or ``(image, text)`` in one item."""
+    unfit = sorted(str(modality) for modality in modalities if not model.supports(modality))
+    if unfit:
+        raise ValueError(
+            f"{name} does not take {', '.join(unfit)}, which the pairs hold; it takes {model.modalities}. "
+            "Pictures with text in one item need a vision-language model"
+        )
+
+
 def small_vocabulary(model: SentenceTransformer) -> str | None:
     """The vocabulary of a ``SmallEmbedder``'s model as JSON; None for any other model."""
     first = model[0]

@@ -15,7 +15,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
-from b3_lightning.model.embedder import LoadSettings, LoraSettings, SmallEmbedder, load_embedder, small_vocabulary
+from b3_lightning.model.embedder import (
+    LoadSettings,
+    LoraSettings,
+    SmallEmbedder,
+    check_supports,
+    load_embedder,
+    small_vocabulary,
+)
 from b3_lightning.model.loss import gather_rows, info_nce, same_key
 from b3_lightning.model.metrics import RetrievalMetrics
 
@@ -87,11 +94,18 @@ class ContrastiveModule(L.LightningModule):
             self.model = self.source.build(self.trainer.datamodule.train_texts())  # type: ignore[attr-defined]
         else:
             self.model = load_embedder(self.source, self.load, self.lora)
+        name = self.source if isinstance(self.source, str) else type(self.source).__name__
+        check_supports(self.model, f"model.embedder={name}", self._modalities())
         self.model.train()  # what is loaded comes in evaluation mode: without dropout, with frozen batch statistics
 
     def load_teacher(self, path: str) -> SentenceTransformer:
         """Load another model the way the student is loaded, without adapter and without checkpointing."""
-        return load_embedder(path, replace(self.load, gradient_checkpointing=False), None)
+        teacher = load_embedder(path, replace(self.load, gradient_checkpointing=False), None)
+        check_supports(teacher, f"data.teacher={path}", self._modalities())
+        return teacher
+
+    def _modalities(self) -> set[Any]:
+        return self.trainer.datamodule.modalities()  # type: ignore[attr-defined, no-any-return]
 
     def preprocess(self, inputs: Any) -> dict[str, Any]:
         """Texts, images or dicts of both -> the embedder's features; for the loader's workers."""
