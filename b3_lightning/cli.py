@@ -88,7 +88,7 @@ class B3Trainer(L.Trainer):
         Args:
             output: the folder to write.
         """
-        datamodule.trainer = self
+        datamodule.trainer, self.datamodule = self, datamodule
         model.trainer = self
         self.strategy._lightning_module = model
         if datamodule.teacher == "student":
