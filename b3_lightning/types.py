@@ -57,6 +57,9 @@ class Embeddings:
         return len(self.query_ND)
 
     def take(self, rows_N: Tensor) -> Embeddings:
+        """The vectors of these rows; without a copy where that is all of them in order."""
+        if len(rows_N) == len(self) and torch.equal(rows_N, torch.arange(len(self))):
+            return self
         return Embeddings(self.query_ND[rows_N], self.target_ND[rows_N])
 
 
@@ -68,7 +71,8 @@ def _unit_rows(side: str, values: Any) -> Tensor:
     bad_N = (~torch.isfinite(norm_N) | (norm_N == 0)).nonzero().flatten()
     if len(bad_N):
         raise ValueError(f"{side} vectors hold NaN, infinity or only zeros in {name_rows(bad_N)}; embed these again")
-    unit_ND: Tensor = vector_ND / norm_N[:, None]
+    # multiples of 2^-26, of which mining/exact.py computes the same cosines on every machine
+    unit_ND: Tensor = (vector_ND / norm_N[:, None]).mul_(2.0**26).round_().mul_(2.0**-26)
     return unit_ND
 
 
@@ -95,9 +99,18 @@ class Neighbors:
     def __len__(self) -> int:
         return len(self.ids_NW)
 
-    def window(self, first_rank: int, n_ranks: int) -> Tensor:
-        """The ids at ranks ``[first_rank, first_rank + n_ranks)``, (N, n_ranks)."""
-        return self.ids_NW[:, first_rank : first_rank + n_ranks]
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What each ranked neighbour counts as, (N, W) bool: ``hard_NW`` get edges, ``masked_NW`` are likely right."""
+
+    hard_NW: Tensor
+    masked_NW: Tensor
+
+    def __post_init__(self) -> None:
+        _check_dtype("Window", hard_NW=(self.hard_NW, torch.bool), masked_NW=(self.masked_NW, torch.bool))
+        if self.hard_NW.shape != self.masked_NW.shape or bool((self.hard_NW & self.masked_NW).any()):
+            raise ValueError("a Window's hard and masked neighbours need one shape and no neighbour in common")
 
 
 @dataclass(frozen=True, slots=True)

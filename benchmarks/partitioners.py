@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,9 +19,11 @@ import torch
 from b3_lightning.mining.clusters import cut_clusters
 from b3_lightning.mining.communities import find_communities
 from b3_lightning.mining.edges import build_edges, window_arcs
-from b3_lightning.mining.neighbors import find_neighbors
+from b3_lightning.mining.neighbors import find_neighbors, positive_scores
+from b3_lightning.mining.settings import MiningSettings
 from b3_lightning.mining.swaps import improve_by_swaps
-from b3_lightning.types import Edges, Embeddings
+from b3_lightning.mining.window import rank_window
+from b3_lightning.types import Edges, Embeddings, Neighbors
 
 WINDOW = {"first_rank": 30, "n_ranks": 100}
 N_SWAP_ROUNDS = 30
@@ -32,22 +35,24 @@ def measure(vectors: str, keys: str | None = None) -> list[str]:
     embeddings = Embeddings.from_arrays(query, target)
     target_key_N = torch.arange(len(embeddings)) if keys is None else torch.tensor(np.load(keys, allow_pickle=False))
     start = time.perf_counter()
-    neighbors = find_neighbors(embeddings, n_neighbors=130, target_key_N=target_key_N)
+    query_ND, target_ND = embeddings.query_ND, embeddings.target_ND
+    ids_NW, scores_NW = find_neighbors(query_ND, target_ND, n_neighbors=130, exclude=[(target_key_N, target_key_N)])
+    neighbors = Neighbors(ids_NW, scores_NW, positive_scores(query_ND, target_ND))
     seconds = time.perf_counter() - start
-    edges = build_edges(neighbors, **WINDOW, kind="mutual")
-    arcs = window_arcs(neighbors, **WINDOW)
+    window = rank_window(neighbors, MiningSettings(), **WINDOW)
+    edges = build_edges(neighbors, window, kind="mutual")
+    arcs = partial(window_arcs, neighbors, window)
     find_communities(edges, algorithm="louvain", resolution=1.0, cluster_size=8, seed=0)  # imports are not counted
     rows = [f"{len(embeddings)} rows, {len(edges)} edges, neighbours {seconds:.1f} s", ""]
     rows += ["| K | communities | kept when cut | kept after swaps | seconds to cut | seconds of swaps |"]
     rows += ["|---|---|---|---|---|---|"]
     for size in (8, 16, 32, 64):
-        for algorithm in ("metis", "none", "louvain", "leiden"):
+        for algorithm in ("metis", "kaminpar", "louvain", "leiden", "none"):
             start = time.perf_counter()
             found = find_communities(edges, algorithm=algorithm, resolution=1.0, cluster_size=size, seed=0)
             if algorithm == "metis":
                 rows.append(f"| {size} | paper | {_kept(edges, _repaired_at_random(found.label_N, size)):.3f} | | | |")
-            already_cut = algorithm == "metis"
-            cut = cut_clusters(edges, found, arcs, embeddings, cluster_size=size, already_cut=already_cut, seed=0)
+            cut = cut_clusters(edges, found, arcs, embeddings, algorithm=algorithm, cluster_size=size, seed=0)
             middle = time.perf_counter()
             better = improve_by_swaps(cut, edges, max_rounds=N_SWAP_ROUNDS)
             shares = (_kept(edges, clusters.cluster_of_row()) for clusters in (cut, better))

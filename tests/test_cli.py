@@ -97,6 +97,8 @@ def test_ctrl_c_leaves_a_checkpoint(tmp_path: Path, shapes: Path) -> None:
             "--trainer.max_epochs=100000", "--run.dir=run", "--trainer.enable_progress_bar=false",
         ],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # where the tests run in the background the shell has the interrupt ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "plans" / "epoch-0002" / "plan.json").exists():

@@ -18,7 +18,8 @@ from b3_lightning.mining import MinedPlan, MiningSettings, cpu, mine
 from b3_lightning.mining.clusters import cut_clusters
 from b3_lightning.mining.edges import build_edges, window_arcs
 from b3_lightning.mining.neighbors import find_neighbors
-from b3_lightning.types import Communities, Edges, Embeddings, Neighbors
+from b3_lightning.mining.window import rank_window
+from b3_lightning.types import Communities, Edges, Embeddings, Neighbors, Window
 
 
 def vectors(n_rows: int, n_dims: int = 8, seed: int = 0) -> npt.NDArray[np.float32]:
@@ -43,21 +44,23 @@ def brute_force(query: Tensor, target: Tensor, keys: Tensor, width: int) -> Tens
 def test_neighbours_are_those_of_a_float64_brute_force(n_rows: int, width: int, n_keys: int, seed: int) -> None:
     query, target = (torch.tensor(vectors(n_rows, seed=seed + side)) for side in (0, 1))
     keys = torch.tensor(np.random.default_rng(seed).integers(0, n_keys, n_rows))
-    found = find_neighbors(
-        Embeddings.from_arrays(query, target), n_neighbors=width, target_key_N=keys, memory_budget_gib=1e-7
+    embeddings = Embeddings.from_arrays(query, target)
+    ids_NW, scores_NW = find_neighbors(
+        embeddings.query_ND, embeddings.target_ND, n_neighbors=width, exclude=[(keys, keys)], memory_budget_gib=1e-7
     )
     expected = torch.full((n_rows, width), -1)
     exact = brute_force(query, target, keys, width)
     expected[:, : exact.shape[1]] = exact
-    assert torch.equal(found.ids_NW, expected)
-    assert bool((found.scores_NW.diff(dim=1)[found.ids_NW[:, 1:] >= 0] <= 0).all())
+    assert torch.equal(ids_NW, expected)
+    assert bool((scores_NW.diff(dim=1)[ids_NW[:, 1:] >= 0] <= 0).all())
 
 
 def test_ties_go_to_the_lowest_ids_also_when_all_rows_are_equal() -> None:
     same = np.ones((60, 4), dtype=np.float32)
-    found = find_neighbors(Embeddings.from_arrays(same, same), n_neighbors=5, target_key_N=torch.arange(60))
-    assert found.ids_NW[0].tolist() == [1, 2, 3, 4, 5]
-    assert found.ids_NW[3].tolist() == [0, 1, 2, 4, 5]
+    unit, keys = Embeddings.from_arrays(same, same).query_ND, torch.arange(60)
+    ids_NW, _ = find_neighbors(unit, unit, n_neighbors=5, exclude=[(keys, keys)])
+    assert ids_NW[0].tolist() == [1, 2, 3, 4, 5]
+    assert ids_NW[3].tolist() == [0, 1, 2, 4, 5]
 
 
 def six_rows() -> Neighbors:
@@ -66,8 +69,12 @@ def six_rows() -> Neighbors:
     return Neighbors(ids, torch.zeros(6, 2), torch.ones(6))
 
 
+def all_ranks(n_rows: int, n_ranks: int) -> Window:
+    return Window(torch.ones(n_rows, n_ranks, dtype=torch.bool), torch.zeros(n_rows, n_ranks, dtype=torch.bool))
+
+
 def test_edges_by_hand() -> None:
-    mutual = build_edges(six_rows(), first_rank=0, n_ranks=2, kind="mutual")
+    mutual = build_edges(six_rows(), all_ranks(6, 2), kind="mutual")
     assert list(zip(mutual.source_E.tolist(), mutual.target_E.tolist(), strict=True)) == [
         (0, 1),
         (1, 2),
@@ -75,13 +82,13 @@ def test_edges_by_hand() -> None:
         (3, 5),
         (4, 5),
     ]
-    either = build_edges(six_rows(), first_rank=0, n_ranks=2, kind="either")
+    either = build_edges(six_rows(), all_ranks(6, 2), kind="either")
     assert len(either) == 7
-    late = build_edges(six_rows(), first_rank=1, n_ranks=1, kind="mutual")
+    late = build_edges(six_rows(), rank_window(six_rows(), MiningSettings(), first_rank=1, n_ranks=1), kind="mutual")
     assert (late.source_E.tolist(), late.target_E.tolist()) == ([3], [5])
 
 
-@pytest.mark.parametrize("algorithm", ["louvain", "leiden", "metis", "none"])
+@pytest.mark.parametrize("algorithm", ["louvain", "leiden", "metis", "kaminpar", "none"])
 def test_planted_blocks_become_clusters(algorithm: str) -> None:
     rng = np.random.default_rng(0)
     centers = np.eye(8, dtype=np.float32)
@@ -112,7 +119,7 @@ def test_louvain_is_as_good_as_igraph_on_a_random_graph() -> None:
 @given(
     n_rows=st.integers(9, 60),
     cluster_size=st.integers(2, 9),
-    algorithm=st.sampled_from(["louvain", "leiden", "metis", "none"]),
+    algorithm=st.sampled_from(["louvain", "leiden", "metis", "kaminpar", "none"]),
     kind=st.sampled_from(["mutual", "either"]),
     n_tasks=st.integers(1, 3),
     seed=st.integers(0, 1000),
@@ -154,8 +161,8 @@ def test_a_graph_without_edges_still_gives_full_clusters_of_similar_rows() -> No
     none = torch.empty(0, dtype=torch.int64)
     edges = Edges(none, none, torch.empty(0), 16)
     clusters = cut_clusters(
-        edges, Communities(torch.zeros(16, dtype=torch.int64)), (none, none), embeddings,
-        cluster_size=4, already_cut=False, seed=0,
+        edges, Communities(torch.zeros(16, dtype=torch.int64)), lambda _: (none, none), embeddings,
+        algorithm="louvain", cluster_size=4, seed=0,
     )  # fmt: skip
     assert clusters.ids_CK.shape == (4, 4)
 
@@ -202,7 +209,7 @@ def test_a_damaged_or_foreign_plan_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="SHA-256 differs"):
         MinedPlan.load(tmp_path)
     description = tmp_path / "plan.json"
-    description.write_text(description.read_text().replace('"format_version": 1', '"format_version": 99'))
+    description.write_text(description.read_text().replace('"format_version": 2', '"format_version": 99'))
     with pytest.raises(ValueError, match="format version 99"):
         MinedPlan.load(tmp_path)
 
@@ -242,5 +249,5 @@ def test_bad_settings_are_refused(changes: dict[str, object]) -> None:
 
 def test_window_arcs_leave_out_missing_ranks() -> None:
     neighbors = Neighbors(torch.tensor([[1, -1], [0, -1]]), torch.zeros(2, 2), torch.ones(2))
-    from_A, to_A = window_arcs(neighbors, first_rank=0, n_ranks=2)
+    from_A, to_A = window_arcs(neighbors, rank_window(neighbors, MiningSettings(), first_rank=0, n_ranks=2))
     assert (from_A.tolist(), to_A.tolist()) == ([0, 1], [1, 0])

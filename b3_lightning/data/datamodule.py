@@ -111,6 +111,7 @@ class PairsDataModule(L.LightningDataModule):
         if self.batches == "b3":
             check_batch_size(self.batch_size, self.mining.cluster_size)
             self.mining.check_fits(len(pairs))
+            self.mining.check_tasks(tuple(pairs.task_weights))
         BatchPlan(**self._random_plan())
         if self.plan_folder is not None:
             MinedPlan.load(self.plan_folder).check_rows(len(pairs))
@@ -249,7 +250,10 @@ class PairsDataModule(L.LightningDataModule):
                 embeddings.target_ND,
                 settings=self.mining,
                 target_keys=train.keys["target"],
+                query_keys=train.keys["query"],
+                groups=train.pairs.groups,
                 tasks=train.pairs.tasks,
+                batch_size=self.batch_size,
                 progress=progress,
             )
 

@@ -1,7 +1,8 @@
 """Pairs files in, a checked ``PairTable`` out: text, images or both on either side, one task or many.
 
 Columns (MMEB-train's names): ``qry``, ``qry_image_path``, ``pos_text``, ``pos_image_path``; each side needs text, an
-image or both in every row. Other names are mapped by ``PairSource.columns``.
+image or both in every row. ``group`` is optional: rows that share one are never each other's negatives. Other names
+are mapped by ``PairSource.columns``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 from b3_lightning.types import name_rows
 
 TEXT_AND_IMAGE = {"query": ("qry", "qry_image_path"), "target": ("pos_text", "pos_image_path")}
-COLUMNS = tuple(column for pair in TEXT_AND_IMAGE.values() for column in pair)
+COLUMNS = (*(column for pair in TEXT_AND_IMAGE.values() for column in pair), "group")
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,12 @@ class PairTable:
         text, image = TEXT_AND_IMAGE[side]
         return [Item(*both) for both in zip(self.columns[text], self.columns[image], strict=True)]
 
+    @property
+    def groups(self) -> list[str | None] | None:
+        """Every row's group, None for a row without; None where no row has one."""
+        groups = [group or None for group in self.columns["group"]]
+        return groups if any(groups) else None
+
     def image_paths(self) -> dict[str, list[int]]:
         """Every distinct image and the rows that use it."""
         rows: dict[str, list[int]] = {}
@@ -126,7 +133,10 @@ def _read_columns(source: PairSource) -> dict[str, list[str]]:
     read = {}
     for name in COLUMNS:
         theirs = source.columns.get(name, name)
-        read[name] = _strings(table, theirs, source.path) if theirs in table.column_names else [""] * table.num_rows
+        present = theirs in table.column_names
+        if present and name == "group" and pa.types.is_integer(table[theirs].type):
+            table = table.set_column(table.column_names.index(theirs), theirs, table[theirs].cast(pa.string()))
+        read[name] = _strings(table, theirs, source.path) if present else [""] * table.num_rows
     for side, pair in TEXT_AND_IMAGE.items():
         _check_side(side, pair, read, table.column_names, source)
     for column, prompt in (("qry", source.query_prompt), ("pos_text", source.target_prompt)):

@@ -10,14 +10,17 @@ Shapes: N = rows, C = clusters, K = cluster_size, P = homeless rows, A = (row, n
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from b3_lightning.mining import cpu
+from b3_lightning.mining.settings import CommunityAlgorithm
 from b3_lightning.types import PADDING, Clusters, Communities, Edges, Embeddings
 
 HOMELESS = -1
+_TILE_ROWS = 2**16
 _ARC_WEIGHT = 0.25
 """A one-sided window entry counts a quarter of a mutual edge."""
 
@@ -25,31 +28,41 @@ _ARC_WEIGHT = 0.25
 def cut_clusters(
     edges: Edges,
     communities: Communities,
-    arcs: tuple[Tensor, Tensor],
+    arcs_touching: Callable[[Tensor], tuple[Tensor, Tensor]],
     embeddings: Embeddings,
     *,
+    algorithm: CommunityAlgorithm,
     cluster_size: int,
-    already_cut: bool,
     seed: int,
 ) -> Clusters:
     """Cut communities into clusters of exactly ``cluster_size``; only the last one may be padded.
 
     Args:
-        arcs: (from_A, to_A) the directed window entries; they find a home for rows without a mutual edge.
-        already_cut: the communities are parts of about K already (METIS), only sizes are made exact.
+        arcs_touching: (N,) bool -> (from_A, to_A), the directed window entries with such a row at an end; they find a
+            home for rows without a mutual edge.
+        algorithm: that found the communities. METIS's are parts of about K already, so only sizes are made exact; under
+            ``none`` rows are dealt out at random.
     """
     n_clusters = math.ceil(edges.n_rows / cluster_size)
-    if already_cut:
-        part_N = communities.label_N
-    else:
-        part_N = cpu.kaminpar_parts(edges.within(communities.label_N), n_parts=n_clusters, seed=seed)
+    part_N = _parts(edges, communities, algorithm, n_clusters, seed)
     capacity_C = torch.full((n_clusters,), cluster_size)
     capacity_C[-1] = edges.n_rows - (n_clusters - 1) * cluster_size
     cluster_N = _seed_clusters(part_N, edges, capacity_C)
-    affinity = _Affinity(edges, arcs)
-    _place_by_affinity(cluster_N, capacity_C, affinity)
-    _place_by_similarity(cluster_N, capacity_C, embeddings)
+    homeless_N = cluster_N == HOMELESS
+    if bool(homeless_N.any()):
+        _place_by_affinity(cluster_N, capacity_C, _Affinity(edges, arcs_touching(homeless_N)))
+        _place_by_similarity(cluster_N, capacity_C, embeddings)
     return _as_table(cluster_N, capacity_C, cluster_size)
+
+
+def _parts(edges: Edges, communities: Communities, algorithm: CommunityAlgorithm, n_clusters: int, seed: int) -> Tensor:
+    """(N,) a part of about K rows each."""
+    if algorithm == "metis":
+        return communities.label_N
+    if algorithm == "none":
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randperm(edges.n_rows, generator=generator) * n_clusters // edges.n_rows
+    return cpu.kaminpar_parts(edges.within(communities.label_N), n_parts=n_clusters, seed=seed)
 
 
 def _seed_clusters(part_N: Tensor, edges: Edges, capacity_C: Tensor) -> Tensor:
@@ -119,7 +132,6 @@ def _place_by_affinity(cluster_N: Tensor, capacity_C: Tensor, affinity: _Affinit
 
 def _place_by_similarity(cluster_N: Tensor, capacity_C: Tensor, embeddings: Embeddings) -> None:
     """House rows whose neighbours' clusters are all full: by similarity to the members of an open cluster."""
-    vector_ND = torch.nn.functional.normalize(embeddings.query_ND + embeddings.target_ND, dim=1)
     while bool((cluster_N == HOMELESS).any()):
         free_C = _free(cluster_N, capacity_C)
         size_C = capacity_C - free_C
@@ -129,18 +141,32 @@ def _place_by_similarity(cluster_N: Tensor, capacity_C: Tensor, embeddings: Embe
             # only empty clusters are left: the first homeless row founds one
             cluster_N[homeless_P[0]] = int((free_C > 0).nonzero()[0])
             continue
-        housed = cluster_N != HOMELESS
-        sum_CD = torch.zeros(len(capacity_C), vector_ND.shape[1]).index_add_(0, cluster_N[housed], vector_ND[housed])
-        centroid_OD = torch.nn.functional.normalize(sum_CD[open_C], dim=1)
-        best = _nearest(vector_ND[homeless_P], centroid_OD)
+        place_C = torch.full((len(capacity_C) + 1,), HOMELESS)
+        place_C[open_C] = torch.arange(len(open_C))
+        member_R = (place_C[cluster_N] != HOMELESS).nonzero().flatten()
+        centroid_OD = torch.zeros(len(open_C), embeddings.query_ND.shape[1], dtype=torch.float64)
+        for rows in member_R.split(_TILE_ROWS):
+            centroid_OD.index_add_(0, place_C[cluster_N[rows]], _row_vectors(embeddings, rows))
+        best = _nearest(embeddings, homeless_P, _on_grid(centroid_OD))
         accepted = _first_of_each(open_C[best.indices], best.values, free_C)
         cluster_N[homeless_P[accepted]] = open_C[best.indices[accepted]]
 
 
-def _nearest(vector_PD: Tensor, centroid_OD: Tensor) -> torch.return_types.max:
-    """Best centroid of each row, in tiles of 64 MiB of scores."""
+def _row_vectors(embeddings: Embeddings, rows: Tensor) -> Tensor:
+    """What a row is about: the middle of its query and its target."""
+    return _on_grid(embeddings.query_ND[rows].double() + embeddings.target_ND[rows].double())
+
+
+def _on_grid(vector_RD: Tensor) -> Tensor:
+    """Unit norm, in steps of 2^-20: float64 products of these are exact, whatever order they are summed in."""
+    unit_RD = torch.nn.functional.normalize(vector_RD, dim=1)
+    return (unit_RD * 2**20).round() / 2**20
+
+
+def _nearest(embeddings: Embeddings, row_P: Tensor, centroid_OD: Tensor) -> torch.return_types.max:
+    """Best centroid of each row, in tiles of at most 128 MiB of scores."""
     tile = max(1, 2**24 // len(centroid_OD))
-    parts = [(part_PD @ centroid_OD.T).max(dim=1) for part_PD in vector_PD.split(tile)]
+    parts = [(_row_vectors(embeddings, rows) @ centroid_OD.T).max(dim=1) for rows in row_P.split(tile)]
     return torch.return_types.max((torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])))
 
 

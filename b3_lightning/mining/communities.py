@@ -16,10 +16,11 @@ def find_communities(
 ) -> Communities:
     """Group rows that are hard for one another.
 
-    ``louvain`` and ``leiden`` find groups of any size, ``metis`` about N / K groups of about K rows (B3's own choice),
-    ``none`` one group of all rows. A row without edges is a community of its own, except under ``metis``.
+    ``louvain`` and ``leiden`` find groups of any size, ``metis`` about N / K groups of about K rows (B3's own choice);
+    ``kaminpar`` and ``none`` leave all rows in one group, to be cut as a whole. A row without edges is a community of
+    its own under ``louvain`` and ``leiden``.
     """
-    if algorithm == "none" or len(edges) == 0:
+    if algorithm in ("kaminpar", "none") or len(edges) == 0:
         return Communities(torch.zeros(edges.n_rows, dtype=torch.int64))
     if algorithm == "metis":
         n_parts = math.ceil(edges.n_rows / cluster_size)

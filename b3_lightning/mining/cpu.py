@@ -1,7 +1,7 @@
-"""The CPU backend: the only file that imports networkit, KaMinPar and pymetis.
+"""The CPU backend: the only file that imports networkit, KaMinPar, pymetis and faiss.
 
-Each runs on one thread, because each gives other partitions on more (measured with networkit 11 and KaMinPar 3.7),
-and one thread costs about a second for 57,000 rows.
+Each partitioner runs on one thread, because each gives other partitions on more (measured with networkit 11 and
+KaMinPar 3.7), and one thread costs about a second for 57,000 rows.
 """
 
 from __future__ import annotations
@@ -115,3 +115,33 @@ def _write_parhip(path: Path, edges: Edges) -> None:
         (offset * 8 + header_bytes).astype(np.uint64).tofile(file)
         neighbor.astype(np.uint64).tofile(file)
         weight.tofile(file)
+
+
+class InvertedLists:
+    """Targets in lists, in float16, scanned by faiss; which list is whose is decided by the caller.
+
+    faiss's own k-means is not used: its float32 products may come out otherwise on another number of threads.
+    """
+
+    def __init__(self, center_LD: Tensor, target_MD: Tensor, list_M: Tensor, *, piece_rows: int) -> None:
+        import faiss
+
+        n_lists, n_dims = center_LD.shape
+        self._quantizer = faiss.IndexFlatIP(n_dims)  # must outlive the index, which does not own it
+        self._quantizer.add(center_LD.numpy())
+        self._index: Any = faiss.IndexIVFScalarQuantizer(
+            self._quantizer, n_dims, n_lists, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False
+        )
+        self._index.is_trained = True  # float16 has nothing to learn, and the centers are given
+        for start in range(0, len(target_MD), piece_rows):
+            target = np.ascontiguousarray(target_MD[start : start + piece_rows].numpy(), dtype=np.float32)
+            ids = np.arange(start, start + len(target), dtype=np.int64)
+            lists = np.ascontiguousarray(list_M[start : start + piece_rows].numpy())
+            self._index.add_core(len(target), faiss.swig_ptr(target), faiss.swig_ptr(ids), faiss.swig_ptr(lists), None)
+
+    def scan(self, query_QD: Tensor, list_QL: Tensor, n_best: int) -> Tensor:
+        """(Q, n_best) ids of the best targets in the given lists; -1 where these hold fewer."""
+        self._index.nprobe = list_QL.shape[1]
+        query = np.ascontiguousarray(query_QD.numpy(), dtype=np.float32)
+        _, ids = self._index.search_preassigned(query, n_best, np.ascontiguousarray(list_QL.numpy()), None)
+        return torch.from_numpy(ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,27 +16,35 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from b3_lightning.mining.batches import BatchPlan
+from b3_lightning.mining.ranks import RankChoice
 from b3_lightning.mining.settings import MiningSettings
 from b3_lightning.mining.store import check_sha256, sha256, write_atomic, write_json
-from b3_lightning.types import PADDING, Clusters, Communities, Edges, Neighbors
+from b3_lightning.mining.window import masked_pairs
+from b3_lightning.types import PADDING, Clusters, Communities, Edges, Neighbors, Window
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
 class MinedPlan:
     """All clusters of all tasks, with the stages that led to them.
 
-    ``task_N`` (int64) indexes ``task_names``; ``seconds`` holds the time of each stage.
+    ``task_N`` (int64) indexes ``task_names``. ``negative_NH`` (int64) holds rows whose targets are hard negatives, -1
+    where too few were found. ``ranks`` tells the window of every task, ``hardness`` the teacher's mean loss in
+    ``mined`` and ``random`` batches and the ``best`` possible, ``seconds`` the time of each stage.
     """
 
     neighbors: Neighbors
+    window: Window
     edges: Edges
     communities: Communities
     clusters: Clusters
+    negative_NH: Tensor
     task_N: Tensor
     task_names: tuple[str, ...]
     settings: MiningSettings
+    ranks: Mapping[str, RankChoice]
+    hardness: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -46,6 +54,7 @@ class MinedPlan:
             ("edges", self.edges.n_rows),
             ("communities", len(self.communities.label_N)),
             ("clusters", self.clusters.n_rows),
+            ("negatives", len(self.negative_NH)),
         ):
             if length != n_rows:
                 raise ValueError(f"the plan's {name} are of {length} rows, its tasks of {n_rows}")
@@ -65,8 +74,12 @@ class MinedPlan:
             task_weights=task_weights,
         )
 
+    def masked_pairs(self, ids_B: Tensor) -> Tensor:
+        """(B, B) bool: in a batch of these rows, which targets (columns) are likely right for which query (rows)."""
+        return masked_pairs(self.neighbors, self.window, ids_B)
+
     def summary(self) -> dict[str, float]:
-        """What was found: counts, ``kept_frac`` (edges whose two ends share a cluster), fillers, seconds."""
+        """What was found: counts, ``kept_frac`` (edges whose two ends share a cluster), fillers, hardness, seconds."""
         cluster_N = self.clusters.cluster_of_row()
         kept = self.edges.within(cluster_N)
         has_edge_N = torch.zeros(self.n_rows, dtype=torch.bool)
@@ -83,6 +96,9 @@ class MinedPlan:
             "kept_frac": len(kept) / max(1, len(self.edges)),
             "n_rows_without_edge": int((~has_edge_N).sum()),
             "n_fillers": int((~at_home_N).sum()),
+            "n_masked": int(self.window.masked_NW.sum()),
+            "n_negatives_lacking": int((self.negative_NH == PADDING).sum()),
+            **{f"hardness_{name}": value for name, value in self.hardness.items() if name != "batch_size"},
             "seconds": sum(self.seconds.values()),
         }
 
@@ -93,6 +109,9 @@ class MinedPlan:
             "ids_NW": self.neighbors.ids_NW.contiguous(),
             "scores_NW": self.neighbors.scores_NW.contiguous(),
             "positive_score_N": self.neighbors.positive_score_N.contiguous(),
+            "hard_NW": self.window.hard_NW,
+            "masked_NW": self.window.masked_NW,
+            "negative_NH": self.negative_NH,
         }
         edges = {
             "source": self.edges.source_E.numpy(),
@@ -107,6 +126,8 @@ class MinedPlan:
             "settings": dataclasses.asdict(self.settings),
             "task_names": list(self.task_names),
             "n_rows": self.n_rows,
+            "ranks": {name: dataclasses.asdict(choice) for name, choice in self.ranks.items()},
+            "hardness": dict(self.hardness),
             "seconds": dict(self.seconds),
             "summary": self.summary(),
             "sha256": {name: sha256(folder / name) for name in _DATA_FILES},
@@ -149,12 +170,17 @@ class MinedPlan:
         for name, expected in description["sha256"].items():
             check_sha256(folder / name, expected)
         task_names = tuple(description["task_names"])
+        tensors = load_file(folder / "neighbors.safetensors")
         return cls(
-            neighbors=Neighbors(**load_file(folder / "neighbors.safetensors")),
+            neighbors=Neighbors(tensors["ids_NW"], tensors["scores_NW"], tensors["positive_score_N"]),
+            window=Window(tensors["hard_NW"], tensors["masked_NW"]),
+            negative_NH=tensors["negative_NH"],
             edges=_read_edges(folder / "edges.parquet", description["n_rows"]),
             **_read_rows(folder / "plan.parquet", task_names, description["settings"]["cluster_size"]),
             task_names=task_names,
             settings=MiningSettings(**description["settings"]),
+            ranks={name: RankChoice(**choice) for name, choice in description["ranks"].items()},
+            hardness=description["hardness"],
             seconds=description["seconds"],
         )
 
@@ -188,3 +214,55 @@ def _read_rows(path: Path, task_names: tuple[str, ...], cluster_size: int) -> di
     ids_CK = torch.full((int(cluster.max()) + 1, cluster_size), PADDING, dtype=torch.int64)
     ids_CK[cluster, position] = row
     return {"communities": Communities(label_N), "clusters": Clusters(ids_CK), "task_N": task_N}
+
+
+def join_tasks(
+    parts: Sequence[tuple[Tensor, MinedPlan]], task_N: Tensor, task_names: tuple[str, ...], settings: MiningSettings
+) -> MinedPlan:
+    """Put the tasks' plans, each with the rows it is of, back on the row ids of the whole."""
+    if len(parts) == 1:
+        return parts[0][1]
+    n_rows, width = len(task_N), max(part.neighbors.ids_NW.shape[1] for _, part in parts)
+    ids_NW = torch.full((n_rows, width), PADDING, dtype=torch.int64)
+    scores_NW = torch.full((n_rows, width), -torch.inf)
+    hard_NW, masked_NW = torch.zeros(n_rows, width, dtype=torch.bool), torch.zeros(n_rows, width, dtype=torch.bool)
+    positive_N, label_N = torch.empty(n_rows), torch.empty(n_rows, dtype=torch.int64)
+    negative_NH = torch.empty(n_rows, settings.n_negatives, dtype=torch.int64)
+    clusters, n_labels = [], 0
+    for rows, part in parts:
+        own = slice(part.neighbors.ids_NW.shape[1])
+        ids_NW[rows, own] = _renumber(part.neighbors.ids_NW, rows)
+        scores_NW[rows, own] = part.neighbors.scores_NW
+        hard_NW[rows, own], masked_NW[rows, own] = part.window.hard_NW, part.window.masked_NW
+        positive_N[rows] = part.neighbors.positive_score_N
+        negative_NH[rows] = _renumber(part.negative_NH, rows)
+        label_N[rows] = part.communities.label_N + n_labels
+        n_labels += len(part.communities)
+        clusters.append(_renumber(part.clusters.ids_CK, rows))
+    return MinedPlan(
+        neighbors=Neighbors(ids_NW, scores_NW, positive_N),
+        window=Window(hard_NW, masked_NW),
+        edges=_join_edges([(rows, part.edges) for rows, part in parts], n_rows),
+        communities=Communities(label_N),
+        clusters=Clusters(torch.cat(clusters)),
+        negative_NH=negative_NH,
+        task_N=task_N,
+        task_names=task_names,
+        settings=settings,
+        ranks={name: choice for _, part in parts for name, choice in part.ranks.items()},
+        seconds={stage: sum(part.seconds[stage] for _, part in parts) for stage in parts[0][1].seconds},
+    )
+
+
+def _join_edges(parts: Sequence[tuple[Tensor, Edges]], n_rows: int) -> Edges:
+    return Edges(
+        torch.cat([rows[edges.source_E] for rows, edges in parts]),
+        torch.cat([rows[edges.target_E] for rows, edges in parts]),
+        torch.cat([edges.weight_E for _, edges in parts]),
+        n_rows,
+    )
+
+
+def _renumber(ids: Tensor, rows: Tensor) -> Tensor:
+    """Ids of a task's rows -> ids of the whole; padding stays."""
+    return torch.where(ids == PADDING, PADDING, rows[ids.clamp(min=0)])

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, get_args
 
 EdgeKind = Literal["mutual", "either"]
-CommunityAlgorithm = Literal["louvain", "leiden", "metis", "none"]
+CommunityAlgorithm = Literal["louvain", "leiden", "metis", "kaminpar", "none"]
+Ranked = Literal["auto", "rows", "labels"]
+NegativesOf = Literal["cluster", "row"]
+AUTO = "auto"
+
+_OF_THE_WHOLE_PLAN = ("cluster_size", "n_negatives", "backend", "seed", "memory_budget_gib", "per_task")
+"""Settings that a task cannot have of its own."""
+_LEAST = {"first_rank": 0, "n_ranks": 1, "cluster_size": 2, "swap_rounds": 0, "n_negatives": 0, "seed": 0}
+_CHOICES = {
+    "ranked": get_args(Ranked),
+    "edges": get_args(EdgeKind),
+    "communities": get_args(CommunityAlgorithm),
+    "negatives_of": get_args(NegativesOf),
+    "backend": ("cpu",),
+}
 
 
 @dataclass(frozen=True)
@@ -14,51 +28,98 @@ class MiningSettings:
     """How hard negatives become clusters (B3, section 4).
 
     Args:
-        first_rank: ranks below it count as likely false negatives and get no edge (the paper's p).
-        n_ranks: how many ranks from ``first_rank`` on are hard negatives (the paper's m).
+        first_rank: ranks below it count as likely false negatives: they get no edge, are never drawn as hard negatives
+            and are listed for masking (the paper's p). ``auto`` estimates it from the vectors, task by task.
+        n_ranks: how many ranks from ``first_rank`` on are hard negatives (the paper's m); ``auto`` grows with
+            ``cluster_size``: 40 + 2 K, the line through the authors' own values, and at most a tenth of the rows.
         cluster_size: rows in a cluster (the paper's K); the batch size must be a multiple of it.
+        ranked: ``rows`` ranks the targets of all other rows; ``labels`` ranks distinct targets, for tasks in which few
+            targets serve many rows; ``auto`` takes labels where a target serves ten rows or more on average.
+        label_share: in a labels task, the nearest so many of the other labels are hard (at most ``n_ranks``), from rank
+            0 on: only the row's own label is left out.
+        max_relative_score: a target is too similar where its score exceeds the positive's by this share of its size:
+            above ``positive - (1 - max_relative_score) * |positive|``; 0.95 is usual.
+        min_margin: a target is too similar where its score is above ``positive - min_margin``.
+        max_score: a target is too similar above this cosine.
+        min_score: a target is too easy below this cosine and gets no edge.
         edges: ``mutual`` keeps i-j where each lies in the other's window (the paper), ``either`` where one does.
         communities: ``louvain`` or ``leiden`` (then cut by KaMinPar inside the communities), ``metis`` (the paper's own
-            k-way partition), or ``none`` (KaMinPar on the whole graph).
+            k-way partition), ``kaminpar`` (on the whole graph), or ``none`` (random clusters, only improved by swaps).
         resolution: of Louvain and Leiden; above 1 gives smaller communities.
         swap_rounds: at most so many rounds of swaps that raise the share of edges kept inside clusters; 0 leaves the
             clusters as they were cut (the paper's recipe is ``communities: metis`` with 0).
+        n_negatives: hard negatives written for every row (the paper's h: 5 in B3++).
+        negatives_of: drawn from what the whole ``cluster`` finds hard, by how many of its rows do (the paper), or from
+            the ``row``'s own window.
+        random_negatives: share of the hard negatives that is drawn from all rows instead.
         backend: where mining runs.
         seed: of every random choice; the same seed and settings give the same plan.
-        memory_budget_gib: bounds the tile of scores held while neighbours are searched.
+        memory_budget_gib: bounds what the search for neighbours holds beside vectors and result.
+        per_task: other values for single tasks, such as ``{vqa: {first_rank: 70}}``.
+
+    Score filters act inside the rank window: ranks are counted first, on all targets, then scores decide.
     """
 
-    first_rank: int = 30
-    n_ranks: int = 100
+    first_rank: int | Literal["auto"] = 30
+    n_ranks: int | Literal["auto"] = 100
     cluster_size: int = 32
+    ranked: Ranked = "auto"
+    label_share: float = 0.3
+    max_relative_score: float | None = None
+    min_margin: float | None = None
+    max_score: float | None = None
+    min_score: float | None = None
     edges: EdgeKind = "mutual"
     communities: CommunityAlgorithm = "louvain"
     resolution: float = 1.0
     swap_rounds: int = 30
+    n_negatives: int = 0
+    negatives_of: NegativesOf = "cluster"
+    random_negatives: float = 0.0
     backend: Literal["cpu"] = "cpu"
     seed: int = 0
     memory_budget_gib: float = 1.0
+    per_task: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, least in (("first_rank", 0), ("n_ranks", 1), ("cluster_size", 2), ("swap_rounds", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} is too small; it must be at least {least}")
-        for name, allowed in (
-            ("edges", ("mutual", "either")),
-            ("communities", ("louvain", "leiden", "metis", "none")),
-            ("backend", ("cpu",)),
-        ):
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value != AUTO and value < least:
+                raise ValueError(f"{name}={value} is too small; it must be at least {least}")
+        for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
-        if self.resolution <= 0 or self.memory_budget_gib <= 0:
+        for name in ("resolution", "memory_budget_gib", "label_share"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
+        if not 0 <= self.random_negatives <= 1 or self.label_share > 1:
             raise ValueError(
-                f"resolution={self.resolution} and memory_budget_gib={self.memory_budget_gib} must be above 0"
+                f"random_negatives={self.random_negatives} and label_share={self.label_share} must be shares, 0 to 1"
             )
+        self._check_filters()
+        for task in self.per_task:
+            self.of_task(task)
 
-    @property
-    def n_neighbors(self) -> int:
-        """W: how many neighbours are kept for every row."""
-        return self.first_rank + self.n_ranks
+    def _check_filters(self) -> None:
+        if self.min_margin is not None and self.min_margin < 0:
+            raise ValueError(f"min_margin={self.min_margin} must be at least 0: by how much the positive must be above")
+        if self.max_score is not None and self.min_score is not None and self.max_score <= self.min_score:
+            raise ValueError(f"max_score={self.max_score} must be above min_score={self.min_score}")
+
+    def of_task(self, task: str) -> MiningSettings:
+        """These settings with the task's own values in place."""
+        own = self.per_task.get(task, {})
+        allowed = sorted({setting.name for setting in fields(self)} - set(_OF_THE_WHOLE_PLAN))
+        unknown = sorted(set(own) - set(allowed))
+        if unknown:
+            raise ValueError(f"per_task.{task} sets {', '.join(unknown)}; a task can have its own {', '.join(allowed)}")
+        return replace(self, per_task={}, **own)
+
+    def check_tasks(self, names: tuple[str, ...]) -> None:
+        """Refuse values for tasks that do not exist."""
+        unknown = sorted(set(self.per_task) - set(names))
+        if unknown:
+            raise ValueError(f"per_task names unknown tasks {unknown}; the tasks are {list(names)}")
 
     def check_fits(self, n_rows: int) -> None:
         """Refuse a row count that leaves no full window or no full cluster."""
@@ -67,8 +128,10 @@ class MiningSettings:
                 f"{n_rows} rows are fewer than cluster_size={self.cluster_size}; "
                 f"set cluster_size to at most {n_rows} or bring more pairs"
             )
-        if n_rows <= self.n_neighbors:
+        first_rank = 0 if isinstance(self.first_rank, str) else self.first_rank
+        n_ranks = 1 if isinstance(self.n_ranks, str) else self.n_ranks
+        if self.ranked != "labels" and n_rows <= first_rank + n_ranks:
             raise ValueError(
-                f"{n_rows} rows are too few for the ranks up to first_rank={self.first_rank} + n_ranks={self.n_ranks}: "
-                f"more than {self.n_neighbors} rows are needed; lower first_rank and n_ranks"
+                f"{n_rows} rows are too few for the ranks up to first_rank={first_rank} + n_ranks={n_ranks}: "
+                f"more than {first_rank + n_ranks} rows are needed; lower first_rank and n_ranks, or set them to auto"
             )

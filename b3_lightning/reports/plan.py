@@ -18,6 +18,11 @@ _MEANING = {
     "kept_frac": "share of edges whose two ends share a cluster (higher: harder batches)",
     "n_rows_without_edge": "rows with no edge at all",
     "n_fillers": "rows with no edge inside their cluster",
+    "n_masked": "ranked targets that are likely right too: before the window, or too similar",
+    "n_negatives_lacking": "hard negatives that could not be drawn",
+    "hardness_mined": "the teacher's mean InfoNCE loss in the mined batches",
+    "hardness_random": "the same in random batches",
+    "hardness_best": "the same if every row had its own hardest negatives",
     "seconds": "seconds, embedding not counted",
 }
 
@@ -29,6 +34,11 @@ def write_plan_report(mined: MinedPlan, pairs: PairTable, path: Path) -> None:
         shown = f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
         lines.append(f"| {name} | {shown} | {_MEANING[name]} |")
     lines += ["", f"Seconds by stage: {', '.join(f'{k} {v:.1f}' for k, v in mined.seconds.items())}", ""]
+    lines += ["| task | hard ranks | why |", "|---|---|---|"]
+    for task, choice in mined.ranks.items():
+        kind = "labels" if choice.labels else "ranks"
+        lines.append(f"| {_cell(task)} | {kind} {choice.first_rank} to {choice.last_rank} | {choice.reason} |")
+    lines.append("")
     queries, targets = pairs.items("query"), pairs.items("target")
     step = max(1, len(mined.clusters) // _N_SHOWN)
     for cluster in range(0, len(mined.clusters), step)[:_N_SHOWN]:

@@ -1,0 +1,67 @@
+"""Targets that a row must not have as neighbours, because they share a key with it.
+
+Targets are sorted by key once; a tile asks for its (query, target) pairs in pieces of bounded size, so 10,000 rows
+with one key cost time for their pairs and no memory.
+
+Shapes: Q = queries of a tile, M = targets, C = columns of a tile, P = pairs of a piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+_PIECE = 2**16
+"""Pairs a piece: about 3 MB of indices."""
+
+
+class Exclusions:
+    """The target sides of the key pairs; ``blank`` takes the query sides."""
+
+    def __init__(self, target_keys: Sequence[Tensor]) -> None:
+        self._sorted = [_SortedKeys(key_M) for key_M in target_keys]
+
+    def blank(
+        self,
+        score_QC: Tensor,
+        query_keys: Sequence[Tensor],
+        start: int,
+        stop: int,
+        column_of: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Set the scores of excluded pairs to -inf, in place.
+
+        Args:
+            score_QC: scores against the targets ``[start, stop)``.
+            query_keys: for every key pair the (Q,) int64 keys of the queries.
+            column_of: the column of a target id; absent, columns are in the order of ids.
+        """
+        for sorted_keys, key_Q in zip(self._sorted, query_keys, strict=True):
+            for query_P, id_P in sorted_keys.pairs(key_Q, start, stop):
+                score_QC[query_P, id_P - start if column_of is None else column_of(id_P)] = -torch.inf
+
+
+class _SortedKeys:
+    """Target ids by key: ``entry_M`` holds (number of the key) x M + id, ascending."""
+
+    def __init__(self, key_M: Tensor) -> None:
+        self._n_targets = len(key_M)
+        self._key_G, number_M = key_M.unique(return_inverse=True)
+        ids_M = torch.arange(len(key_M), device=key_M.device)
+        self._entry_M = (number_M * self._n_targets + ids_M).sort().values
+
+    def pairs(self, key_Q: Tensor, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(query, target id) of every pair with equal keys and ``start <= id < stop``, in pieces."""
+        number_Q = torch.searchsorted(self._key_G, key_Q).clamp_(max=len(self._key_G) - 1)
+        base_Q = number_Q * self._n_targets
+        first_Q = torch.searchsorted(self._entry_M, base_Q + start)
+        count_Q = torch.searchsorted(self._entry_M, base_Q + stop) - first_Q
+        count_Q.masked_fill_(self._key_G[number_Q] != key_Q, 0)
+        end_Q = count_Q.cumsum(0)
+        for piece in range(0, int(end_Q[-1]), _PIECE):
+            pair_P = torch.arange(piece, min(piece + _PIECE, int(end_Q[-1])), device=key_Q.device)
+            query_P = torch.searchsorted(end_Q, pair_P, right=True)
+            entry_P = first_Q[query_P] + pair_P - (end_Q - count_Q)[query_P]
+            yield query_P, self._entry_M[entry_P] - base_Q[query_P]

@@ -1,0 +1,49 @@
+"""How hard batches are: the teacher's own InfoNCE loss in them, mean over rows.
+
+Shapes: N = rows, M = batches, B = rows of a batch, W = ranks kept, R = sampled rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from b3_lightning.types import Embeddings, Neighbors, Window
+
+TEMPERATURE = 0.05
+"""At which hardness is measured. It is no setting, so that figures of different plans can be compared."""
+_MOST_ROWS = 2**16
+"""Rows looked at: the standard error of their mean is below 1%, and seconds suffice for any N."""
+
+
+def mean_hardness(embeddings: Embeddings, target_key_N: Tensor, ids_MB: Tensor) -> float:
+    """Mean InfoNCE loss of query -> target over the rows of these batches; equal targets are no negatives."""
+    losses = []
+    for ids_B in ids_MB[_spread(len(ids_MB), max(1, _MOST_ROWS // ids_MB.shape[1]))]:
+        score_BB = embeddings.query_ND[ids_B] @ embeddings.target_ND[ids_B].T / TEMPERATURE
+        key_B = target_key_N[ids_B]
+        score_BB.masked_fill_((key_B[:, None] == key_B).fill_diagonal_(False), -torch.inf)
+        losses.append(score_BB.logsumexp(dim=1) - score_BB.diagonal())
+    return float(torch.cat(losses).double().mean())
+
+
+def best_hardness(neighbors: Neighbors, window: Window, batch_size: int) -> float:
+    """What no batch can exceed with negatives of the window: each row with its own hardest ``batch_size - 1``.
+
+    Where a window is shorter, its last score stands for the ranks that it lacks.
+    """
+    rows = _spread(len(neighbors), _MOST_ROWS)
+    score_RW = neighbors.scores_NW[rows].masked_fill(~window.hard_NW[rows], -torch.inf)
+    score_RW = score_RW.sort(dim=1, descending=True).values[:, : batch_size - 1] / TEMPERATURE
+    found_RW = score_RW > -torch.inf
+    last_R = score_RW.masked_fill(~found_RW, torch.inf).amin(dim=1)
+    n_lacking_R = batch_size - 1 - found_RW.sum(dim=1)
+    fill_R = torch.where((n_lacking_R > 0) & found_RW.any(dim=1), last_R + n_lacking_R.log(), -torch.inf)
+    positive_R = neighbors.positive_score_N[rows] / TEMPERATURE
+    total_R = torch.cat([score_RW, fill_R[:, None], positive_R[:, None]], dim=1).logsumexp(dim=1)
+    return float((total_R - positive_R).double().mean())
+
+
+def _spread(n: int, most: int) -> Tensor:
+    """Evenly spread positions, at most so many."""
+    return torch.arange(n) if n <= most else torch.linspace(0, n - 1, most, dtype=torch.float64).long()

@@ -1,0 +1,109 @@
+"""Hard negatives for every row, drawn from the window (B3++, section 4.3).
+
+In the paper one distribution serves a whole batch: how often a target stands in the windows of its queries. Here it is
+counted over each cluster, as in the authors' code, since every epoch combines other clusters into batches.
+
+Shapes: N = rows, G = groups of rows that share a distribution, K = rows of a group, W = ranks kept,
+H = negatives a row, P = (group, candidate) pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from b3_lightning.mining.settings import MiningSettings
+from b3_lightning.types import PADDING, Clusters, Neighbors, Window
+
+_RANKS_AT_ONCE = 2**22
+"""(row, rank) entries looked at together: bounds memory at about 300 MB."""
+
+
+def draw_negatives(
+    clusters: Clusters, neighbors: Neighbors, window: Window, keys: Sequence[Tensor], settings: MiningSettings
+) -> Tensor:
+    """(N, H) int64, H = ``n_negatives``: rows whose targets are each row's negatives; -1 where too few can be drawn.
+
+    No negative lies in its row's cluster (it is in the batch anyway), shares a key with a row of the group, is masked
+    for one of them, or is drawn twice by a group.
+
+    Args:
+        keys: (N,) int64 each: of targets, and of what else tells that two rows answer one another.
+    """
+    groups_GK = clusters.ids_CK if settings.negatives_of == "cluster" else torch.arange(len(neighbors))[:, None]
+    n_random = round(settings.random_negatives * settings.n_negatives)
+    n_hard = settings.n_negatives - n_random
+    generator = torch.Generator().manual_seed(settings.seed)
+    cluster_N = clusters.cluster_of_row()
+    negative_NH = torch.full((len(neighbors), settings.n_negatives), PADDING, dtype=torch.int64)
+    if settings.n_negatives == 0:
+        return negative_NH
+    for part_GK in groups_GK.split(max(1, _RANKS_AT_ONCE // (groups_GK.shape[1] * neighbors.ids_NW.shape[1]))):
+        group = _Group(part_GK, neighbors, window, keys, cluster_N)
+        hard_P = group.allowed(group.codes(window.hard_NW))
+        hard_GKH = group.deal(hard_P, n_hard, generator)
+        chosen_P = _codes(hard_GKH.flatten(1), len(neighbors))
+        random_P = group.allowed(group.random_codes(4 * n_random * part_GK.shape[1] + 16, generator))
+        random_GKH = group.deal(random_P[~torch.isin(random_P, chosen_P)].unique(), n_random, generator)
+        filled_GK = part_GK != PADDING
+        negative_NH[part_GK[filled_GK]] = torch.cat([hard_GKH, random_GKH], dim=2)[filled_GK]
+    return negative_NH
+
+
+def _codes(row_GP: Tensor, n_rows: int) -> Tensor:
+    """Each (group, row) as one number, padding left out."""
+    group_GP = torch.arange(len(row_GP))[:, None].expand_as(row_GP)
+    filled_GP = row_GP != PADDING
+    return group_GP[filled_GP] * n_rows + row_GP[filled_GP]
+
+
+class _Group:
+    """Groups of rows, and which rows may be their negatives; candidates are codes, group x N + row."""
+
+    def __init__(
+        self, part_GK: Tensor, neighbors: Neighbors, window: Window, keys: Sequence[Tensor], cluster_N: Tensor
+    ) -> None:
+        self._part_GK, self._near_NW, self._keys = part_GK, neighbors.ids_NW, keys
+        self._n_rows = len(neighbors)
+        self._cluster_G, self._cluster_N = cluster_N[part_GK[:, 0]], cluster_N
+        self._masked_P = self.codes(window.masked_NW)
+
+    def codes(self, mark_NW: Tensor) -> Tensor:
+        """The marked neighbours of every group's rows; one that several rows mark stands there several times."""
+        row_GK = self._part_GK.clamp(min=0)
+        marked_GKW = mark_NW[row_GK] & (self._part_GK != PADDING)[:, :, None]
+        near_GKW = self._near_NW[row_GK].masked_fill(~marked_GKW, PADDING)
+        return _codes(near_GKW.flatten(1), self._n_rows)
+
+    def random_codes(self, n: int, generator: torch.Generator) -> Tensor:
+        """``n`` rows for every group, uniform over all rows."""
+        return _codes(torch.randint(self._n_rows, (len(self._part_GK), n), generator=generator), self._n_rows)
+
+    def allowed(self, code_P: Tensor) -> Tensor:
+        """The candidates that are surely no positive of any row of the group and not in its cluster."""
+        group_P, row_P = code_P // self._n_rows, code_P % self._n_rows
+        ok_P = (self._cluster_N[row_P] != self._cluster_G[group_P]) & ~torch.isin(code_P, self._masked_P)
+        for key_N in self._keys:
+            n_keys = int(key_N.max()) + 1
+            own_GK = key_N[self._part_GK.clamp(min=0)].masked_fill(self._part_GK == PADDING, PADDING)
+            ok_P &= ~torch.isin(group_P * n_keys + key_N[row_P], _codes(own_GK, n_keys))
+        return code_P[ok_P]
+
+    def deal(self, code_P: Tensor, n_each: int, generator: torch.Generator) -> Tensor:
+        """(G, K, n_each): draw without replacement, by how often a code stands there, and deal round the group."""
+        code_P, count_P = code_P.unique(return_counts=True)
+        # Gumbel's trick: the largest of log(weight) + noise are a weighted draw without replacement
+        noise_P = -torch.log(-torch.log(torch.rand(len(code_P), generator=generator).clamp(1e-9, 1 - 1e-7)))
+        order_P = (count_P.log() + noise_P).argsort(descending=True, stable=True)
+        order_P = order_P[(code_P[order_P] // self._n_rows).argsort(stable=True)]
+        group_P, row_P = code_P[order_P] // self._n_rows, code_P[order_P] % self._n_rows
+        count_G = torch.bincount(group_P, minlength=len(self._part_GK))
+        place_P = torch.arange(len(group_P)) - (count_G.cumsum(0) - count_G)[group_P]
+        size_P = (self._part_GK != PADDING).sum(dim=1)[group_P]
+        take_P = place_P < size_P * n_each
+        dealt_GKH = torch.full((*self._part_GK.shape, n_each), PADDING, dtype=torch.int64)
+        place_P, size_P = place_P[take_P], size_P[take_P]
+        dealt_GKH[group_P[take_P], place_P % size_P, place_P // size_P] = row_P[take_P]
+        return dealt_GKH

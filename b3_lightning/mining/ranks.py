@@ -1,0 +1,101 @@
+"""Which window a task gets: ``first_rank: auto`` from its vectors, ``n_ranks: auto`` from K, labels where they are few.
+
+``first_rank: auto`` looks at a sample of queries and asks at every rank how many have a target there that is likely to
+be right too. Evidence is a target nearly identical to the query's own, or a target of a query nearly identical to it;
+and, where the teacher puts the positive first for most queries, a score above the positive's. What evidence remains in
+the last quarter of the ranks is taken for chance. The window begins where less than one query in a hundred shows more.
+
+Shapes: S = sampled queries, W = ranks looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from b3_lightning.mining.neighbors import find_neighbors
+from b3_lightning.mining.settings import MiningSettings
+from b3_lightning.types import PADDING, Embeddings
+
+_N_SAMPLED = 1000
+_N_RANKS = 256
+_SMOOTHED = 8
+"""Ranks averaged: with 1,000 queries, one rank alone is known to a third of a percent."""
+_SUSPICIOUS_SHARE = 0.01
+_NEARLY_IDENTICAL = 0.2
+"""Of the median distance (1 - cosine) between two rows drawn at random: a scale that fits any teacher."""
+_ROWS_PER_LABEL = 10
+
+
+@dataclass(frozen=True, slots=True)
+class RankChoice:
+    """The window of a task and why; ``suspicious``: the share of likely false negatives at each rank, if estimated."""
+
+    labels: bool
+    first_rank: int
+    n_ranks: int
+    reason: str
+    suspicious: Sequence[float] = ()
+
+    @property
+    def last_rank(self) -> int:
+        """The last rank of the window."""
+        return self.first_rank + self.n_ranks - 1
+
+
+def choose_ranks(embeddings: Embeddings, target_key_N: Tensor, settings: MiningSettings) -> RankChoice:
+    """Fix what ``settings`` leaves to the data."""
+    n_rows, n_targets = len(embeddings), len(target_key_N.unique())
+    labels = settings.ranked == "labels" or (settings.ranked == "auto" and n_targets * _ROWS_PER_LABEL <= n_rows)
+    by_size = max(1, min(40 + 2 * settings.cluster_size, n_rows // 10))
+    n_ranks = by_size if isinstance(settings.n_ranks, str) else settings.n_ranks
+    if labels:
+        n_ranks = max(1, min(n_ranks, -(-int(settings.label_share * 1e6) * (n_targets - 1) // 10**6)))
+        reason = f"{n_targets} targets serve {n_rows} rows, so labels are ranked: the nearest {n_ranks} others are hard"
+        return RankChoice(True, 0, n_ranks, reason)
+    if not isinstance(settings.first_rank, str):
+        return RankChoice(False, settings.first_rank, n_ranks, "as set")
+    return _estimate(embeddings, target_key_N, n_ranks, settings.seed)
+
+
+def _estimate(embeddings: Embeddings, target_key_N: Tensor, n_ranks: int, seed: int) -> RankChoice:
+    n_looked_at = min(_N_RANKS, max(1, len(embeddings) // 10))
+    evidence_SW, reliable = _evidence(embeddings, target_key_N, n_looked_at, torch.Generator().manual_seed(seed))
+    share_W = evidence_SW.double().mean(dim=0)
+    by_chance = share_W[-max(1, n_looked_at // 4) :].mean()
+    width = min(_SMOOTHED, n_looked_at)
+    smooth_W = (share_W - by_chance).unfold(0, width, 1).mean(dim=1)
+    clean = (smooth_W < _SUSPICIOUS_SHARE).nonzero().flatten()
+    first_rank = int(clean[0]) if len(clean) else len(smooth_W)
+    reason = (
+        f"from rank {first_rank} on fewer than {_SUSPICIOUS_SHARE:.0%} of {len(evidence_SW)} sampled queries have "
+        f"a target that is likely right too ({share_W[0]:.1%} at rank 0, {by_chance:.1%} by chance); the positive's "
+        f"score {'counted as evidence' if reliable else 'was no evidence: it leads in less than half of the queries'}"
+    )
+    return RankChoice(False, first_rank, n_ranks, reason, tuple(share_W.tolist()))
+
+
+def _evidence(
+    embeddings: Embeddings, target_key_N: Tensor, n_ranks: int, generator: torch.Generator
+) -> tuple[Tensor, bool]:
+    """(S, W) bool: is the target at this rank likely to be right too? And: did scores above the positive's count?"""
+    query_ND, target_ND = embeddings.query_ND, embeddings.target_ND
+    order = torch.randperm(len(embeddings), generator=generator)
+    sample, other = order[:_N_SAMPLED], order.roll(1)[:_N_SAMPLED]
+    ids_SW, score_SW = find_neighbors(
+        query_ND[sample], target_ND, n_neighbors=n_ranks, exclude=[(target_key_N[sample], target_key_N)]
+    )
+    evidence_SW = torch.zeros(ids_SW.shape, dtype=torch.bool)
+    for vector_ND in (query_ND, target_ND):
+        typical = 1 - (vector_ND[sample] * vector_ND[other]).sum(dim=1).median()
+        pairs = zip(ids_SW.clamp(min=0), sample, strict=True)
+        near_SW = torch.stack([vector_ND[ids_W] @ vector_ND[row] for ids_W, row in pairs])
+        evidence_SW |= 1 - near_SW < _NEARLY_IDENTICAL * typical
+    beaten_SW = score_SW > (query_ND[sample] * target_ND[sample]).sum(dim=1, keepdim=True)
+    reliable = bool(beaten_SW[:, 0].double().mean() < 0.5)
+    if reliable:
+        evidence_SW |= beaten_SW
+    return evidence_SW & (ids_SW != PADDING), reliable

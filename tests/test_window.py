@@ -1,0 +1,219 @@
+"""Which neighbours count: rank window, score filters, keys, labels, ``auto``, hard negatives, hardness."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from b3_lightning.mining import MinedPlan, MiningSettings, mine
+from b3_lightning.mining.hardness import TEMPERATURE, best_hardness, mean_hardness
+from b3_lightning.mining.negatives import draw_negatives
+from b3_lightning.mining.window import rank_window
+from b3_lightning.types import Clusters, Embeddings, Neighbors
+
+
+def vectors(n_rows: int, n_dims: int = 8, seed: int = 0) -> npt.NDArray[np.float32]:
+    return np.random.default_rng(seed).normal(size=(n_rows, n_dims)).astype(np.float32)
+
+
+def ranked(scores: list[list[float]], positive: list[float]) -> Neighbors:
+    ids = torch.arange(len(scores[0])).expand(len(scores), -1).contiguous()
+    return Neighbors(ids, torch.tensor(scores), torch.tensor(positive))
+
+
+@pytest.mark.parametrize(
+    ("filters", "hard", "masked"),
+    [
+        ({}, [[0, 1, 1, 1]] * 2, [[1, 0, 0, 0]] * 2),
+        # of a positive of 0.8 the limit is 0.72; of one of -0.2 it is -0.22, below the positive and not above it
+        ({"max_relative_score": 0.9}, [[0, 0, 1, 1], [0, 0, 0, 1]], [[1, 1, 0, 0], [1, 1, 1, 0]]),
+        ({"min_margin": 0.1}, [[0, 0, 1, 1], [0, 0, 0, 1]], [[1, 1, 0, 0], [1, 1, 1, 0]]),
+        ({"max_score": 0.5}, [[0, 0, 1, 1], [0, 1, 1, 1]], [[1, 1, 0, 0], [1, 0, 0, 0]]),
+        ({"min_score": -0.25}, [[0, 1, 1, 1], [0, 1, 1, 0]], [[1, 0, 0, 0]] * 2),
+    ],
+)
+def test_score_filters_by_hand(filters: dict[str, float], hard: list[list[int]], masked: list[list[int]]) -> None:
+    neighbors = ranked([[0.9, 0.75, 0.4, 0.1], [0.1, -0.1, -0.21, -0.4]], [0.8, -0.2])
+    window = rank_window(neighbors, MiningSettings(**filters), first_rank=1, n_ranks=3)  # type: ignore[arg-type]
+    assert window.hard_NW.int().tolist() == hard
+    assert window.masked_NW.int().tolist() == masked
+
+
+def test_same_query_target_or_group_is_never_a_neighbour() -> None:
+    n_rows = 60
+    targets, queries = ([row // size for row in range(n_rows)] for size in (2, 3))
+    groups = [row % 5 if row % 2 else None for row in range(n_rows)]
+    chosen = MiningSettings(first_rank=0, n_ranks=40, cluster_size=4, n_negatives=3)
+    mined = mine(
+        vectors(n_rows), vectors(n_rows, seed=1),
+        settings=chosen, target_keys=targets, query_keys=queries, groups=groups,
+    )  # fmt: skip
+    for row, ids in enumerate(torch.cat([mined.neighbors.ids_NW, mined.negative_NH], dim=1).tolist()):
+        for other in (other for other in ids if other >= 0):
+            assert targets[row] != targets[other] and queries[row] != queries[other]
+            assert groups[row] is None or groups[row] != groups[other]
+
+
+def test_masked_pairs_are_the_ranks_before_the_window() -> None:
+    mined = mine(vectors(50), vectors(50, seed=1), settings=MiningSettings(first_rank=6, n_ranks=20, cluster_size=4))
+    ids_B = torch.randperm(50, generator=torch.Generator().manual_seed(0))[:30]
+    expected = [[target in mined.neighbors.ids_NW[query, :6].tolist() for target in ids_B.tolist()] for query in ids_B]
+    assert mined.masked_pairs(ids_B).tolist() == expected
+
+
+def labelled(n_rows: int, n_labels: int, seed: int = 0) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(n_labels, 8)).astype(np.float32), rng.integers(0, n_labels, n_rows)
+
+
+def test_few_labels_are_ranked_as_labels_and_meet_in_clusters() -> None:
+    label_vectors, label = labelled(600, 10)
+    query = label_vectors[label] + vectors(600, seed=2)
+    mined = mine(query, label_vectors[label], settings=MiningSettings(cluster_size=4), target_keys=label, batch_size=16)
+    choice = mined.ranks["default"]
+    assert (choice.labels, choice.first_rank, choice.n_ranks) == (True, 0, 3)  # 30% of the nine other labels
+    assert "10 targets serve 600 rows" in choice.reason
+    unit = label_vectors / np.linalg.norm(label_vectors, axis=1, keepdims=True)
+    score = (query / np.linalg.norm(query, axis=1, keepdims=True)) @ unit.T
+    score[np.arange(600), label] = -np.inf
+    nearest = np.argsort(-score, axis=1)[:, :3]
+    assert (label[mined.neighbors.ids_NW.numpy()] == nearest).all()
+    assert len(mined.edges) <= 600 * 3
+    different = [len({int(label[row]) for row in ids if row >= 0}) for ids in mined.clusters.ids_CK.tolist()]
+    assert np.mean(different) > 3.5  # of four; drawn at random it would be 3.4
+    assert mined.hardness["mined"] > mined.hardness["random"]
+
+
+def test_labels_of_an_equal_query_are_left_out() -> None:
+    label_vectors, label = labelled(400, 6)
+    asked = [row // 2 for row in range(400)]
+    mined = mine(
+        vectors(400), label_vectors[label], settings=MiningSettings(cluster_size=4, label_share=1.0),
+        target_keys=label, query_keys=asked,
+    )  # fmt: skip
+    right = [{int(label[row]), int(label[row ^ 1])} for row in range(400)]
+    for row, ids in enumerate(mined.neighbors.ids_NW.tolist()):
+        found = [int(label[other]) for other in ids if other >= 0]
+        assert set(found) == set(range(6)) - right[row]
+        assert len(found) == len(set(found))
+
+
+def test_first_rank_auto_finds_where_planted_false_negatives_end() -> None:
+    rng = np.random.default_rng(0)
+    topic = np.repeat(rng.normal(size=(150, 32)), 12, axis=0)  # twelve rows each ask and say nearly the same
+    noise = 0.05 * rng.normal(size=(2, *topic.shape))
+    chosen = MiningSettings(first_rank="auto", n_ranks="auto", cluster_size=8)
+    choice = mine(topic + noise[0], topic + noise[1], settings=chosen).ranks["default"]
+    assert 8 <= choice.first_rank <= 12
+    assert choice.n_ranks == 56
+    assert choice.suspicious[5] > 0.9
+    assert choice.suspicious[20] < 0.01
+    clean = mine(rng.normal(size=(1800, 32)), rng.normal(size=(1800, 32)), settings=chosen).ranks["default"]
+    assert clean.first_rank == 0
+
+
+def test_a_task_has_its_own_settings() -> None:
+    tasks = ["a"] * 40 + ["b"] * 60
+    chosen = MiningSettings(first_rank=2, n_ranks=10, cluster_size=4, per_task={"b": {"first_rank": 5, "n_ranks": 20}})
+    mined = mine(vectors(100), vectors(100, seed=1), settings=chosen, tasks=tasks)
+    assert {name: (choice.first_rank, choice.n_ranks) for name, choice in mined.ranks.items()} == {
+        "a": (2, 10),
+        "b": (5, 20),
+    }
+    assert mined.neighbors.ids_NW.shape == (100, 25)
+    assert mined.window.masked_NW.sum(dim=1).tolist() == [2] * 40 + [5] * 60
+    with pytest.raises(ValueError, match=r"per_task.b sets cluster_size; a task can have its own communities"):
+        MiningSettings(per_task={"b": {"cluster_size": 8}})
+    with pytest.raises(ValueError, match=r"unknown tasks \['c'\]; the tasks are \['a', 'b'\]"):
+        mine(vectors(100), vectors(100), settings=MiningSettings(per_task={"c": {}}, n_ranks=5), tasks=tasks)
+
+
+@given(
+    n_rows=st.integers(30, 80),
+    of=st.sampled_from(["cluster", "row"]),
+    n_negatives=st.integers(1, 5),
+    share=st.sampled_from([0.0, 0.4, 1.0]),
+    n_keys=st.integers(20, 200),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_hard_negatives_are_never_right_masked_or_in_the_cluster(
+    n_rows: int, of: str, n_negatives: int, share: float, n_keys: int, seed: int
+) -> None:
+    keys = np.random.default_rng(seed).integers(0, n_keys, n_rows)
+    chosen = MiningSettings(
+        first_rank=3, n_ranks=12, cluster_size=4, n_negatives=n_negatives, negatives_of=of,  # type: ignore[arg-type]
+        random_negatives=share, seed=seed, ranked="rows",
+    )  # fmt: skip
+    mined = mine(vectors(n_rows, seed=seed), vectors(n_rows, seed=seed + 1), settings=chosen, target_keys=keys)
+    cluster_N = mined.clusters.cluster_of_row()
+    n_random = round(share * n_negatives)
+    for row, negatives in enumerate(mined.negative_NH.tolist()):
+        drawn = [other for other in negatives if other >= 0]
+        members = (cluster_N == cluster_N[row]).nonzero().flatten().tolist() if of == "cluster" else [row]
+        near = mined.neighbors.ids_NW[members]
+        assert len(drawn) == len(set(drawn))
+        assert not {int(keys[other]) for other in drawn} & {int(keys[member]) for member in members}
+        assert not set(drawn) & set(near[mined.window.masked_NW[members]].tolist())
+        assert all(cluster_N[other] != cluster_N[row] for other in drawn)
+        hard = [other for other in negatives[: n_negatives - n_random] if other >= 0]
+        assert set(hard) <= set(near[mined.window.hard_NW[members]].tolist())
+    assert mined.summary()["n_negatives_lacking"] == int((mined.negative_NH == -1).sum())
+    again = mine(vectors(n_rows, seed=seed), vectors(n_rows, seed=seed + 1), settings=chosen, target_keys=keys)
+    assert torch.equal(again.negative_NH, mined.negative_NH)
+
+
+def test_a_cluster_draws_what_more_of_its_rows_find_hard() -> None:
+    """Row 8 is hard for all four rows of the cluster, rows 9 to 20 for one each: of 16 tickets 8 holds 4."""
+    ids = torch.full((24, 4), -1)
+    ids[:4] = torch.tensor([[8, 9 + 3 * row, 10 + 3 * row, 11 + 3 * row] for row in range(4)])
+    neighbors = Neighbors(ids, torch.zeros(24, 4), torch.ones(24))
+    window = rank_window(neighbors, MiningSettings(), first_rank=0, n_ranks=4)
+    clusters = Clusters(torch.arange(24).view(6, 4))
+    firsts = []
+    for seed in range(400):
+        chosen = MiningSettings(n_negatives=1, seed=seed)
+        negative_NH = draw_negatives(clusters, neighbors, window, [torch.arange(24)], chosen)
+        assert negative_NH[4:].tolist() == [[-1]] * 20
+        firsts.append(int(negative_NH[0, 0]))  # the first ticket drawn goes to the first row
+    assert 70 < firsts.count(8) < 130
+
+
+def test_hardness_is_the_mean_loss() -> None:
+    embeddings = Embeddings.from_arrays(vectors(40), vectors(40, seed=1))
+    keys = torch.arange(40) // 2
+    ids_MB = torch.randperm(40, generator=torch.Generator().manual_seed(0)).view(4, 10)
+    losses = []
+    for batch in ids_MB.tolist():
+        for row in batch:
+            others = [other for other in batch if keys[other] != keys[row]]
+            logits = [float(embeddings.query_ND[row] @ embeddings.target_ND[o]) / TEMPERATURE for o in [row, *others]]
+            losses.append(math.log(sum(math.exp(logit) for logit in logits)) - logits[0])
+    assert mean_hardness(embeddings, keys, ids_MB) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_best_hardness_by_hand() -> None:
+    neighbors = ranked([[0.9, 0.5, 0.2]], [0.6])
+    window = rank_window(neighbors, MiningSettings(), first_rank=1, n_ranks=2)
+    expected = math.log(sum(math.exp(score / TEMPERATURE) for score in (0.6, 0.5, 0.2))) - 0.6 / TEMPERATURE
+    assert best_hardness(neighbors, window, 3) == pytest.approx(expected, rel=1e-5)
+    filled = math.log(sum(math.exp(s / TEMPERATURE) for s in (0.6, 0.5, 0.2, 0.2, 0.2))) - 0.6 / TEMPERATURE
+    assert best_hardness(neighbors, window, 5) == pytest.approx(filled, rel=1e-5)
+
+
+def test_mined_batches_are_harder_than_random_ones_and_not_than_the_best() -> None:
+    query = vectors(400)
+    mined: MinedPlan = mine(
+        query,
+        query + 0.5 * vectors(400, seed=1),
+        settings=MiningSettings(first_rank=0, n_ranks=30, cluster_size=8),
+        batch_size=16,
+    )
+    assert mined.hardness["random"] < mined.hardness["mined"] < mined.hardness["best"]
+    assert mined.summary()["hardness_mined"] == mined.hardness["mined"]
