@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dis
+import logging
 import netrc
 import os
 import sys
@@ -82,20 +83,30 @@ def _has_wandb_key() -> bool:
 class B3Trainer(L.Trainer):
     """Lightning's Trainer, which also mines without training."""
 
-    def mine(self, model: ContrastiveModule, datamodule: PairsDataModule, output: str) -> MinedPlan:
+    def mine(self, model: ContrastiveModule, datamodule: PairsDataModule, output: str) -> MinedPlan | None:
         """Mine the training pairs into a plan and write it with a report.
 
         Args:
             output: the folder to write.
         """
+        launch = self.strategy.launcher
+        if launch is None:
+            return self._mine(model, datamodule, output)
+        mined: MinedPlan | None = launch.launch(self._mine, model, datamodule, output, trainer=self)
+        return mined
+
+    def _mine(self, model: ContrastiveModule, datamodule: PairsDataModule, output: str) -> MinedPlan | None:
         datamodule.trainer, self.datamodule = self, datamodule
         model.trainer = self
         self.strategy._lightning_module = model
+        self.strategy.setup_environment()
         if datamodule.teacher == "student":
             model.configure_model()
         mined = datamodule.mine(miner="teacher")
-        mined.save(output)
-        write_plan_report(mined, datamodule.pairs("train"), Path(output) / "report.md")
+        if mined is not None:
+            mined.save(output)
+            write_plan_report(mined, datamodule.pairs("train"), Path(output) / "report.md")
+        self.strategy.barrier("mined")
         return mined
 
 
@@ -219,8 +230,9 @@ class B3CLI(LightningCLI):
             _print_outcome(self.trainer, self.run)
 
     def after_mine(self) -> None:
-        output = self._get(self.config, "output")
-        Console().print(f"plan and report: {output}\ntrain on it: --data.plan={output}")
+        if self.trainer.is_global_zero:
+            output = self._get(self.config, "output")
+            Console().print(f"plan and report: {output}\ntrain on it: --data.plan={output}")
 
 
 def _print_outcome(trainer: L.Trainer, run: RunSettings) -> None:
@@ -262,15 +274,31 @@ class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the line breaks of the epilog."""
 
 
+class _ToStderr(logging.Handler):
+    """Looks ``sys.stderr`` up for each line, since a live progress bar replaces it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+def _show_log() -> None:
+    """Show what the package logs: once, not from every process."""
+    log = logging.getLogger("b3_lightning")
+    log.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING)
+    if not log.handlers:
+        log.addHandler(_ToStderr())
+
+
 def main(args: list[str] | None = None) -> None:
     """Run one command; ``args`` default to those of the process."""
     given = list(sys.argv[1:] if args is None else args)
+    _show_log()
     try:
         if given and given[0] in VERBS:
             _run_verb(given)
         else:
             _run_lightning(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if not _is_ours(error):
             raise
         sys.exit(f"error: {error}")

@@ -18,6 +18,7 @@ from conftest import Run
 from safetensors.torch import load_file
 
 from b3_lightning.cli import main
+from b3_lightning.mining import MinedPlan
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--model.embedder={hidden_sizes: [8, 16], image_size: 32}"
@@ -126,6 +127,28 @@ def test_two_processes_train_on_one_plan(tmp_path: Path, shapes: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "run" / "plans").iterdir()) == ["epoch-0001", "epoch-0002"]
     assert "18 steps" in done.stdout
+
+
+def test_mining_by_two_processes_gives_the_plan_of_one_and_is_reused(
+    tmp_path: Path, shapes: Path, models: dict[str, str]
+) -> None:
+    plans: list[Path] = []
+    for n_processes in (1, 2, 1):
+        plans.append(tmp_path / f"plan-{len(plans)}")
+        done = command(
+            "mine", f"--output={plans[-1]}", f"--run.dir=run-{n_processes}", f"--model.embedder={models['bert']}",
+            f"--data.teacher={models['bert']}", f"--data.train_pairs={shapes / 'text-text.parquet'}",
+            "--data.mining={first_rank: 1, n_ranks: 10, cluster_size: 4}", "--trainer.accelerator=cpu",
+            f"--trainer.devices={n_processes}", "--trainer.enable_progress_bar=false", "--data.batch_size=16",
+            cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("plan and report") == 1
+    first, second, _ = (MinedPlan.load(plan) for plan in plans)
+    assert torch.equal(first.clusters.ids_CK, second.clusters.ids_CK)
+    assert torch.equal(first.neighbors.ids_NW, second.neighbors.ids_NW)
+    assert "vectors: 1 of 1 parts are finished in run-1/cache" in done.stderr
+    assert "neighbours: 1 of 1 parts are finished" in done.stderr
 
 
 def test_help_names_every_command(tmp_path: Path) -> None:

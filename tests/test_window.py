@@ -56,7 +56,8 @@ def test_same_query_target_or_group_is_never_a_neighbour() -> None:
     )  # fmt: skip
     for row, ids in enumerate(torch.cat([mined.neighbors.ids_NW, mined.negative_NH], dim=1).tolist()):
         for other in (other for other in ids if other >= 0):
-            assert targets[row] != targets[other] and queries[row] != queries[other]
+            assert targets[row] != targets[other]
+            assert queries[row] != queries[other]
             assert groups[row] is None or groups[row] != groups[other]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,25 @@ from b3_lightning.data.collate import Features, PairCollator, PairDataset
 from b3_lightning.data.images import ImageCheck, check_images
 from b3_lightning.data.pairs import TEXT_AND_IMAGE, Modality, PairSource, PairTable, load_pairs, modality_of
 from b3_lightning.data.sampler import EpochBatches
-from b3_lightning.data.teacher import VECTOR_SUFFIXES, encode_pairs, load_vectors, teacher_embed
-from b3_lightning.mining import BatchPlan, MinedPlan, MiningSettings, mine, random_clusters
+from b3_lightning.data.teacher import (
+    VECTOR_SUFFIXES,
+    Embed,
+    encode_pairs,
+    encoder_fingerprint,
+    load_vectors,
+    teacher_embed,
+)
+from b3_lightning.mining import (
+    BatchPlan,
+    MinedPlan,
+    MiningSettings,
+    Processes,
+    Stages,
+    fingerprint,
+    help_mine,
+    mine,
+    random_clusters,
+)
 from b3_lightning.mining.batches import check_batch_size
 from b3_lightning.progress import StageProgress
 from b3_lightning.types import Embeddings
@@ -33,6 +51,7 @@ Miner = Literal["teacher", "student"]
 class _Split:
     pairs: PairTable
     keys: dict[str, Tensor]
+    digests: dict[str, str]
 
 
 class PairsDataModule(L.LightningDataModule):
@@ -50,6 +69,8 @@ class PairsDataModule(L.LightningDataModule):
             ``student``: the model in training, whose first epochs then run on random batches.
         plan: folder of a plan mined before; nothing is mined at the start then.
         mining: rank window, cluster size, algorithms.
+        cache: folder of the teacher's finished vectors and neighbours; runs that share it share these, and a killed run
+            goes on from there. ``cache`` in the run's folder where absent.
         num_workers: processes that read and prepare batches.
         image_check: ``decode`` every image before training, or read only each ``header``.
         seed: of the draw of batches.
@@ -67,6 +88,7 @@ class PairsDataModule(L.LightningDataModule):
         teacher: str = "student",
         plan: str | None = None,
         mining: MiningSettings = MiningSettings(),  # noqa: B008 - frozen
+        cache: str | None = None,
         num_workers: int = 0,
         image_check: ImageCheck = "decode",
         seed: int = 0,
@@ -76,6 +98,7 @@ class PairsDataModule(L.LightningDataModule):
         self.image_root = Path(image_root)
         self.batches, self.batch_size, self.eval_batch_size = batches, batch_size, eval_batch_size
         self.teacher, self.plan_folder, self.mining = teacher, plan, mining
+        self.cache = cache
         self.num_workers, self.image_check, self.seed = num_workers, image_check, seed
         self.mined: MinedPlan | None = None
         self.before_epoch: list[Callable[[int], None]] = []
@@ -102,7 +125,7 @@ class PairsDataModule(L.LightningDataModule):
             pairs = load_pairs(sources)
             digests = check_images(pairs.image_paths(), self.image_root, how=self.image_check)
             keys = {side: _content_keys(pairs, side, digests) for side in ("query", "target")}
-            self._splits[name] = _Split(pairs, keys)
+            self._splits[name] = _Split(pairs, keys, digests)
         if "train" in splits:
             self._check_training()
 
@@ -230,32 +253,49 @@ class PairsDataModule(L.LightningDataModule):
         return epoch
 
     def remine(self, epoch: int, *, miner: Miner) -> MinedPlan:
-        """Mine batches that are used from ``epoch`` on; rank 0 mines, every rank reads its plan."""
+        """Mine batches that are used from ``epoch`` on; rank 0 makes the plan, every rank reads it."""
         trainer = self._trainer()
         folder = self._plan_folder(epoch)
-        if trainer.is_global_zero:
-            self.mine(miner=miner).save(folder)
+        mined = self.mine(miner=miner)
+        if mined is not None:
+            mined.save(folder)
+            shutil.rmtree(self._student_folder(), ignore_errors=True)
         trainer.strategy.barrier("mined")
         mined = MinedPlan.load(folder)
         self._use(mined, epoch)
         return mined
 
-    def mine(self, *, miner: Miner = "teacher") -> MinedPlan:
-        """Embed the training pairs and mine them; touches neither trainer nor plan."""
-        train = self._splits["train"]
-        with StageProgress(enabled=self._trainer().progress_bar_callback is not None) as progress:
-            embeddings = self._student_vectors(progress) if miner == "student" else self._teacher_vectors(progress)
-            return mine(
-                embeddings.query_ND,
-                embeddings.target_ND,
-                settings=self.mining,
-                target_keys=train.keys["target"],
-                query_keys=train.keys["query"],
-                groups=train.pairs.groups,
-                tasks=train.pairs.tasks,
-                batch_size=self.batch_size,
-                progress=progress,
-            )
+    def mine(self, *, miner: Miner = "teacher") -> MinedPlan | None:
+        """Embed the training pairs and mine them; all processes share the work, the first returns the plan."""
+        train, trainer = self._splits["train"], self._trainer()
+        by_student = miner == "student" or self.teacher == "student"
+        folder = self._student_folder() if by_student else self._cache_folder()
+        processes = Processes(trainer.global_rank, trainer.world_size, trainer.strategy.barrier)
+        stages = Stages(folder, processes)
+        enabled = trainer.progress_bar_callback is not None and trainer.is_global_zero
+        with stages.locked(), StageProgress(enabled=enabled) as progress:
+            vectors = self._student_vectors if by_student else self._teacher_vectors
+            embeddings = vectors(stages, progress)
+            about: dict[str, Any] = {
+                "settings": self.mining,
+                "target_keys": train.keys["target"],
+                "query_keys": train.keys["query"],
+                "groups": train.pairs.groups,
+                "tasks": train.pairs.tasks,
+                "stages": stages,
+            }
+            vector_pair = embeddings.query_ND, embeddings.target_ND
+            if not trainer.is_global_zero:
+                help_mine(*vector_pair, **about)
+                return None
+            return mine(*vector_pair, **about, batch_size=self.batch_size, progress=progress)
+
+    def _cache_folder(self) -> Path:
+        return Path(self.cache) if self.cache is not None else Path(self._trainer().default_root_dir) / "cache"
+
+    def _student_folder(self) -> Path:
+        """Its vectors serve one plan only, so what is in here goes when that is saved."""
+        return Path(self._trainer().default_root_dir) / "plans" / "unfinished"
 
     def _use(self, mined: MinedPlan, epoch: int) -> None:
         """Draw batches from ``mined`` from this epoch on; rows that the last plan carried come first."""
@@ -268,15 +308,14 @@ class PairsDataModule(L.LightningDataModule):
         )
         self._in_use = {"epoch": first_epoch, "carried": [] if carried is None else carried.tolist()}
 
-    def _teacher_vectors(self, progress: StageProgress) -> Embeddings:
-        if self.teacher == "student":
-            return self._student_vectors(progress)
+    def _teacher_vectors(self, stages: Stages, progress: StageProgress) -> Embeddings:
         if self.teacher.endswith(VECTOR_SUFFIXES):
             return _check_vectors(self.teacher, len(self.pairs("train")))
         teacher: Any = self._trainer().lightning_module.load_teacher(self.teacher)  # type: ignore[operator]
-        return self._encode(teacher.preprocess, teacher_embed(teacher, self._trainer().strategy.root_device), progress)
+        embed = teacher_embed(teacher, self._trainer().strategy.root_device)
+        return self._encode(teacher, embed, stages, progress)
 
-    def _student_vectors(self, progress: StageProgress) -> Embeddings:
+    def _student_vectors(self, stages: Stages, progress: StageProgress) -> Embeddings:
         trainer, module = self._trainer(), self._trainer().lightning_module
 
         @torch.no_grad()
@@ -288,18 +327,27 @@ class PairsDataModule(L.LightningDataModule):
         was_training = module.training
         module.eval()
         try:
-            return self._encode(module.preprocess, embed, progress)
+            return self._encode(module.embedder, embed, stages, progress)
         finally:
             module.train(was_training)
 
-    def _encode(self, preprocess: Any, embed: Any, progress: StageProgress) -> Embeddings:
+    def _encode(self, model: Any, embed: Embed, stages: Stages, progress: StageProgress) -> Embeddings:
+        train = self._splits["train"]
+        contents = {side: _contents(train.pairs, side, train.digests) for side in ("query", "target")}
+        content = fingerprint(
+            model=encoder_fingerprint(model),
+            precision=str(self._trainer().precision),
+            batch_size=self.eval_batch_size,  # padding differs with it, and so do the last bits
+            **contents,
+        )
         return encode_pairs(
-            self.pairs("train"),
+            train.pairs,
             self.image_root,
-            preprocess=preprocess,
+            preprocess=model.preprocess,
             embed=embed,
             batch_size=self.eval_batch_size,
             num_workers=self.num_workers,
+            stage=stages.stage("vectors", content),
             progress=progress,
         )
 
@@ -330,11 +378,15 @@ class PairsDataModule(L.LightningDataModule):
         return Path(self._trainer().default_root_dir) / "plans" / f"epoch-{epoch:04d}"
 
 
+def _contents(pairs: PairTable, side: str, digests: dict[str, str]) -> list[tuple[str, str]]:
+    """Text and image content of every row."""
+    return [(item.text, digests[item.image] if item.image else "") for item in pairs.items(side)]
+
+
 def _content_keys(pairs: PairTable, side: str, digests: dict[str, str]) -> Tensor:
     """(N,) int64: rows with equal text and image content share a key."""
     codes: dict[tuple[str, str], int] = {}
-    contents = ((item.text, digests[item.image] if item.image else "") for item in pairs.items(side))
-    return torch.tensor([codes.setdefault(content, len(codes)) for content in contents])
+    return torch.tensor([codes.setdefault(content, len(codes)) for content in _contents(pairs, side, digests)])
 
 
 def _check_vectors(path: str, n_rows: int) -> Embeddings:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,13 @@ from torch.utils.data import DataLoader
 
 from b3_lightning.data.collate import Features, ItemCollator, PairDataset, Preprocess
 from b3_lightning.data.pairs import PairTable
-from b3_lightning.mining import Progress
+from b3_lightning.mining import Progress, fingerprint
+from b3_lightning.mining.stages import Stage
+from b3_lightning.mining.store import sha256
 from b3_lightning.types import Embeddings
 
+PART_ITEMS = 4096
+"""Items a part of the encoding: what a killed run may lose."""
 VECTOR_SUFFIXES = (".npy", ".safetensors", ".parquet")
 Embed = Callable[[list[Features]], Tensor]
 """Features of a batch -> (B, D) vectors on any device."""
@@ -31,35 +37,74 @@ def encode_pairs(
     preprocess: Preprocess,
     embed: Embed,
     batch_size: int,
+    stage: Stage,
     num_workers: int = 0,
     progress: Progress | None = None,
 ) -> Embeddings:
-    """Encode queries and targets, each distinct (text, image) once, long texts first."""
+    """Encode queries and targets, each distinct (text, image) once, long texts first.
+
+    Args:
+        stage: keeps finished parts of ``PART_ITEMS`` items and shares them out over processes.
+    """
     items = {side: pairs.items(side) for side in ("query", "target")}
     distinct = sorted(set(items["query"]) | set(items["target"]), key=lambda item: (-len(item.text), item))
+    n_parts = math.ceil(len(distinct) / PART_ITEMS)
+    parts = stage.missing(n_parts)
+    batches = _batches_of_parts(parts, len(distinct), batch_size)
     loader = DataLoader(
         PairDataset(len(distinct)),
-        batch_size=batch_size,
+        batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=ItemCollator(distinct, image_root, preprocess),
     )
-    parts: list[Tensor] = []
+    n_all = sum(len(batch) for batch in batches)
+    vectors: list[Tensor] = []
     n_done = 0
     for positions, features in loader:
-        parts.append(embed(features).float().cpu())
+        vectors.append(embed(features).float().cpu())
         n_done += len(positions)
         if progress is not None:
-            progress("encoding", n_done, len(distinct))
-    vector_UD = torch.cat(parts)
+            progress("encoding", n_done, n_all)
+        last = int(positions[-1])
+        if (last + 1) % PART_ITEMS == 0 or last + 1 == len(distinct):
+            stage.put(last // PART_ITEMS, {"vector_UD": torch.cat(vectors)})
+            vectors = []
+    vector_UD = torch.cat([part["vector_UD"] for part in stage.collect(n_parts)])
     position = {item: index for index, item in enumerate(distinct)}
     query, target = (vector_UD[[position[item] for item in items[side]]] for side in ("query", "target"))
     return Embeddings.from_arrays(query, target)
 
 
+def _batches_of_parts(parts: list[int], n_items: int, batch_size: int) -> list[list[int]]:
+    """Positions in batches, none of which crosses the border of a part."""
+    return [
+        list(range(start, min(start + batch_size, n_items, (part + 1) * PART_ITEMS)))
+        for part in parts
+        for start in range(part * PART_ITEMS, min((part + 1) * PART_ITEMS, n_items), batch_size)
+    ]
+
+
+def encoder_fingerprint(model: Any) -> str:
+    """SHA-256 of all that decides a SentenceTransformer's vectors: weights, modules, tokenizers, image settings."""
+    files: dict[str, str] = {}
+    for name, module in model.named_modules():
+        for kind in ("tokenizer", "processor"):
+            tool: Any = getattr(module, kind, None)
+            if hasattr(tool, "save_pretrained"):
+                with tempfile.TemporaryDirectory(prefix="b3_lightning_") as folder:
+                    tool.save_pretrained(folder)
+                    for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+                        files[f"{name}.{kind}/{path.relative_to(folder)}"] = sha256(path)
+            elif hasattr(tool, "to_str"):
+                files[f"{name}.{kind}"] = tool.to_str()
+    about = {"modules": str(model), "files": files, "prompts": model.prompts, "length": str(model.max_seq_length)}
+    return fingerprint(about=about, **{f"weight {name}": tensor for name, tensor in model.state_dict().items()})
+
+
 def load_vectors(path: Path) -> Embeddings:
     """Read vectors: .npy of shape (2, N, D), queries first; .safetensors, .parquet with ``query`` and ``target``."""
     if path.suffix == ".npy":
-        array = np.load(path, allow_pickle=False)
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
         if array.ndim != 3 or len(array) != 2:
             raise ValueError(f"{path} has shape {array.shape}; (2, rows, dimensions) is needed: queries, then targets")
         return Embeddings.from_arrays(array[0], array[1])

@@ -3,6 +3,10 @@
 from b3_lightning.mining.batches import BatchPlan as BatchPlan
 from b3_lightning.mining.batches import random_clusters as random_clusters
 from b3_lightning.mining.neighbors import Progress as Progress
+from b3_lightning.mining.pipeline import help_mine as help_mine
 from b3_lightning.mining.pipeline import mine as mine
 from b3_lightning.mining.plan import MinedPlan as MinedPlan
 from b3_lightning.mining.settings import MiningSettings as MiningSettings
+from b3_lightning.mining.stages import Processes as Processes
+from b3_lightning.mining.stages import Stages as Stages
+from b3_lightning.mining.stages import fingerprint as fingerprint

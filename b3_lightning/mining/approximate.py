@@ -20,12 +20,13 @@ from torch import Tensor
 
 from b3_lightning.mining.cpu import InvertedLists
 from b3_lightning.mining.exact import missing_keys, order_keys, read_keys, score_candidates, to_grid
-from b3_lightning.mining.neighbors import Progress, TargetIndex, tiles
+from b3_lightning.mining.neighbors import Progress, TargetIndex, join_tiles, tiles
+from b3_lightning.mining.stages import Stage, Stages, Tensors
 
 log = logging.getLogger(__name__)
 
 SCAN_COST = 16
-"""How many targets the exact search takes in the time in which faiss scans one (2 cores of Zen 4)."""
+"""How many targets the exact search takes in the time in which faiss scans one: an estimate from 100,000 rows."""
 _SPARE = 32
 """Candidates beyond W, of which exclusions may take some."""
 _ROUNDS = 8
@@ -58,6 +59,7 @@ def find_neighbors_approximately(
     n_sampled: int = 1000,
     seed: int = 0,
     memory_budget_gib: float = 1.0,
+    stage: Stage | None = None,
     progress: Progress | None = None,
 ) -> ApproximateNeighbors:
     """Find most of the nearest targets of every query by scanning as few lists as reach ``min_recall``.
@@ -68,6 +70,7 @@ def find_neighbors_approximately(
     Args:
         n_lists: by default 4 sqrt(M).
         n_sampled: rows that are searched exactly as well, to measure recall.
+        stage: keeps finished tiles and shares them out over processes.
 
     Raises:
         ValueError: where recall stays below ``min_recall`` at the number of lists beyond which exact search is faster;
@@ -83,13 +86,17 @@ def find_neighbors_approximately(
     search = _ListSearch(exact, exclude, n_lists or round(4 * math.sqrt(len(target_MD))), memory_budget_gib, generator)
     sample = torch.randperm(len(query_ND), generator=generator)[:n_sampled].sort().values
     n_probes, recall = _enough_probes(search, query_ND, sample, min_recall)
-    ids_NW = torch.empty(len(query_ND), n_neighbors, dtype=torch.int64)
-    scores_NW = torch.empty(len(query_ND), n_neighbors)
-    for tile in tiles(len(query_ND)):
-        rows = torch.arange(tile.start, tile.stop)
-        ids_NW[tile], scores_NW[tile], _ = search.search(query_ND[tile], rows, n_probes)
+    cut = list(tiles(len(query_ND)))
+
+    def compute(part: int) -> Tensors:
+        tile = cut[part]
+        ids_QW, scores_QW, _ = search.search(query_ND[tile], torch.arange(tile.start, tile.stop), n_probes)
         if progress is not None:
             progress("neighbours", tile.stop, len(query_ND))
+        return {"ids_QW": ids_QW, "scores_QW": scores_QW}
+
+    parts = (stage or Stages().stage("neighbours", "")).each(len(cut), compute)
+    ids_NW, scores_NW = join_tiles(parts, len(query_ND), n_neighbors, query_ND.device)
     return ApproximateNeighbors(ids_NW, scores_NW, recall, n_probes)
 
 

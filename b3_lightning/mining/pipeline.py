@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from b3_lightning.mining.approximate import find_neighbors_approximately
 from b3_lightning.mining.batches import BatchPlan, random_clusters
 from b3_lightning.mining.clusters import cut_clusters
 from b3_lightning.mining.communities import find_communities
@@ -25,11 +26,14 @@ from b3_lightning.mining.neighbors import Progress, find_neighbors, positive_sco
 from b3_lightning.mining.plan import MinedPlan, join_tasks
 from b3_lightning.mining.ranks import RankChoice, choose_ranks
 from b3_lightning.mining.settings import MiningSettings
+from b3_lightning.mining.stages import Stage, Stages, fingerprint
 from b3_lightning.mining.swaps import improve_by_swaps
 from b3_lightning.mining.window import rank_window
 from b3_lightning.types import Embeddings, Neighbors
 
 log = logging.getLogger(__name__)
+
+_SHOWN_RANKS = (0, 1, 2, 5, 10, 20, 30, 50, 70, 100, 150, 200)
 
 Values = Sequence[Any] | Tensor | np.ndarray[Any, Any] | None
 
@@ -44,6 +48,7 @@ def mine(
     groups: Values = None,
     tasks: Values = None,
     batch_size: int | None = None,
+    stages: Stages | None = None,
     progress: Progress | None = None,
 ) -> MinedPlan:
     """Mine clusters of rows that are hard negatives for one another.
@@ -57,65 +62,162 @@ def mine(
         groups: N values of your own with the same meaning; None marks a row that belongs to no group.
         tasks: N values; rows of different tasks never meet.
         batch_size: given, the plan says how hard its batches are, against random and the best possible.
+        stages: keeps finished tiles of neighbours, so that a killed run goes on, and shares them out over processes:
+            the first calls ``mine``, the others ``help_mine`` with the same arguments.
         progress: told (stage, done, total).
 
     Raises:
         ValueError: on vectors that are not finite and non-zero, on disagreeing lengths, on fewer rows than
-            ``cluster_size`` or than the rank window needs.
+            ``cluster_size`` or than the rank window needs, on approximate neighbours below ``min_recall``.
     """
-    embeddings = Embeddings.from_arrays(query_ND, target_ND)
-    n_rows = len(embeddings)
-    settings.check_fits(n_rows)
-    keys = [_codes("target_keys", range(n_rows) if target_keys is None else target_keys, n_rows)[0]]
-    keys += [
-        _codes(name, values, n_rows)[0]
-        for name, values in (("query_keys", query_keys), ("groups", groups))
-        if values is not None
-    ]
-    task_N, names = _codes("tasks", ["default"] * n_rows if tasks is None else tasks, n_rows)
-    task_names = tuple(str(name) for name in names)
-    settings.check_tasks(task_names)
-    parts: list[tuple[Tensor, MinedPlan]] = []
-    for task, name in enumerate(task_names):
-        rows = (task_N == task).nonzero().flatten()
-        part = _mine_task(name, embeddings.take(rows), [key_N[rows] for key_N in keys], settings, progress)
-        parts.append((rows, part))
-    mined = join_tasks(parts, task_N, task_names, settings)
+    rows = _Rows.check(query_ND, target_ND, settings, target_keys, query_keys, groups, tasks)
+    search = _Search(settings, stages or Stages(), progress)
+    parts = [(task.ids, _mine_task(task, search)) for task in rows.by_task()]
+    mined = join_tasks(parts, rows.task_N, rows.task_names, settings)
     if batch_size is None:
         return mined
-    return replace(mined, hardness=_hardness(mined, embeddings, keys[0], batch_size))
+    return replace(mined, hardness=_hardness(mined, rows, batch_size))
 
 
-def _mine_task(
-    name: str,
-    embeddings: Embeddings,
-    keys: Sequence[Tensor],
-    settings_of_all: MiningSettings,
-    progress: Progress | None,
-) -> MinedPlan:
+def help_mine(
+    query_ND: Any,
+    target_ND: Any,
+    *,
+    settings: MiningSettings,
+    stages: Stages,
+    target_keys: Values = None,
+    query_keys: Values = None,
+    groups: Values = None,
+    tasks: Values = None,
+) -> None:
+    """Do this process's share of what another one mines; arguments and errors as of ``mine``."""
+    rows = _Rows.check(query_ND, target_ND, settings, target_keys, query_keys, groups, tasks)
+    search = _Search(settings, stages, None)
+    for task in rows.by_task():
+        search.rank(task, choose_ranks(task.embeddings, task.keys[0], settings.of_task(task.name)))
+
+
+@dataclass(frozen=True)
+class _Task:
+    """The rows ``ids`` of one task, numbered from 0; ``keys``: of targets, then what else makes two rows alike."""
+
+    name: str
+    ids: Tensor
+    embeddings: Embeddings
+    keys: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """All rows, checked."""
+
+    embeddings: Embeddings
+    keys: Sequence[Tensor]
+    task_N: Tensor
+    task_names: tuple[str, ...]
+
+    @classmethod
+    def check(
+        cls,
+        query_ND: Any,
+        target_ND: Any,
+        settings: MiningSettings,
+        target_keys: Values,
+        query_keys: Values,
+        groups: Values,
+        tasks: Values,
+    ) -> _Rows:
+        embeddings = Embeddings.from_arrays(query_ND, target_ND)
+        n_rows = len(embeddings)
+        settings.check_fits(n_rows)
+        keys = [_codes("target_keys", range(n_rows) if target_keys is None else target_keys, n_rows)[0]]
+        for name, values in (("query_keys", query_keys), ("groups", groups)):
+            if values is not None:
+                keys.append(_codes(name, values, n_rows)[0])
+        task_N, names = _codes("tasks", ["default"] * n_rows if tasks is None else tasks, n_rows)
+        task_names = tuple(str(name) for name in names)
+        settings.check_tasks(task_names)
+        return cls(embeddings, keys, task_N, task_names)
+
+    def by_task(self) -> Iterator[_Task]:
+        for task, name in enumerate(self.task_names):
+            ids = (self.task_N == task).nonzero().flatten()
+            yield _Task(name, ids, self.embeddings.take(ids), [key_N[ids] for key_N in self.keys])
+
+
+@dataclass(frozen=True)
+class _Search:
+    """How neighbours are ranked and where finished tiles are kept."""
+
+    settings: MiningSettings
+    stages: Stages
+    progress: Progress | None
+
+    def rank(self, task: _Task, choice: RankChoice) -> Neighbors:
+        settings, embeddings = self.settings, task.embeddings
+        search: dict[str, Any] = {
+            "memory_budget_gib": settings.memory_budget_gib,
+            "stage": self._stage(task, choice),
+            "progress": self.progress,
+        }
+        if choice.labels:
+            return rank_labels(
+                embeddings, task.keys[0], task.keys[1:], n_ranks=choice.n_ranks, seed=settings.seed, **search
+            )
+        query_ND, target_ND = embeddings.query_ND, embeddings.target_ND
+        search |= {
+            "n_neighbors": choice.first_rank + choice.n_ranks,
+            "exclude": [(key_N, key_N) for key_N in task.keys],
+        }
+        if settings.neighbors == "approximate":
+            found = find_neighbors_approximately(
+                query_ND, target_ND, min_recall=settings.min_recall, seed=settings.seed, **search
+            )
+            log.info("task %r: recall of the neighbours %.4f, %d lists a row", task.name, found.recall, found.n_probes)
+            ids_NW, scores_NW = found.ids_NW, found.scores_NW
+        else:
+            ids_NW, scores_NW = find_neighbors(query_ND, target_ND, **search)
+        return Neighbors(ids_NW, scores_NW, positive_scores(query_ND, target_ND))
+
+    def _stage(self, task: _Task, choice: RankChoice) -> Stage:
+        if self.stages.folder is None:
+            return self.stages.stage("neighbours", "")
+        content = fingerprint(
+            query=task.embeddings.query_ND,
+            target=task.embeddings.target_ND,
+            keys=torch.stack(list(task.keys)),
+            choice=[choice.labels, choice.first_rank + choice.n_ranks],
+            how=[self.settings.neighbors, self.settings.min_recall, self.settings.seed],
+        )
+        return self.stages.stage("neighbours", content)
+
+
+def _mine_task(task: _Task, search: _Search) -> MinedPlan:
     """The stages on one task, rows numbered from 0."""
-    settings = settings_of_all.of_task(name)
+    settings = search.settings.of_task(task.name)
+    embeddings, n_rows = task.embeddings, len(task.embeddings)
     seconds: dict[str, float] = {}
-    with _timed("ranks", seconds, progress):
-        choice = choose_ranks(embeddings, keys[0], settings)
-        _log_choice(name, len(embeddings), choice)
-    with _timed("neighbours", seconds, progress):
-        neighbors = _rank(embeddings, keys, choice, settings, progress)
-    with _timed("edges", seconds, progress):
+    timed = partial(_timed, seconds=seconds, progress=search.progress)
+    with timed("ranks"):
+        choice = choose_ranks(embeddings, task.keys[0], settings)
+        _log_choice(task.name, n_rows, choice)
+    with timed("neighbours"):
+        neighbors = search.rank(task, choice)
+    with timed("edges"):
         window = rank_window(neighbors, settings, first_rank=choice.first_rank, n_ranks=choice.n_ranks)
         edges = build_edges(neighbors, window, kind="either" if choice.labels else settings.edges)
     algorithm, size, seed = settings.communities, settings.cluster_size, settings.seed
-    with _timed("communities", seconds, progress):
+    with timed("communities"):
         communities = find_communities(
             edges, algorithm=algorithm, resolution=settings.resolution, cluster_size=size, seed=seed
         )
-    with _timed("clusters", seconds, progress):
+    with timed("clusters"):
         arcs = partial(window_arcs, neighbors, window)
         clusters = cut_clusters(edges, communities, arcs, embeddings, algorithm=algorithm, cluster_size=size, seed=seed)
-    with _timed("swaps", seconds, progress):
+    with timed("swaps"):
         clusters = improve_by_swaps(clusters, edges, max_rounds=settings.swap_rounds)
-    with _timed("negatives", seconds, progress):
-        negative_NH = draw_negatives(clusters, neighbors, window, keys, settings)
+    with timed("negatives"):
+        negative_NH = draw_negatives(clusters, neighbors, window, task.keys, settings)
     return MinedPlan(
         neighbors=neighbors,
         window=window,
@@ -123,42 +225,27 @@ def _mine_task(
         communities=communities,
         clusters=clusters,
         negative_NH=negative_NH,
-        task_N=torch.zeros(len(embeddings), dtype=torch.int64),
-        task_names=(name,),
-        settings=settings_of_all,
-        ranks={name: choice},
+        task_N=torch.zeros(n_rows, dtype=torch.int64),
+        task_names=(task.name,),
+        settings=search.settings,
+        ranks={task.name: choice},
         seconds=seconds,
     )
-
-
-def _rank(
-    embeddings: Embeddings,
-    keys: Sequence[Tensor],
-    choice: RankChoice,
-    settings: MiningSettings,
-    progress: Progress | None,
-) -> Neighbors:
-    search: dict[str, Any] = {"memory_budget_gib": settings.memory_budget_gib, "progress": progress}
-    if choice.labels:
-        return rank_labels(embeddings, keys[0], keys[1:], n_ranks=choice.n_ranks, seed=settings.seed, **search)
-    query_ND, target_ND = embeddings.query_ND, embeddings.target_ND
-    width = choice.first_rank + choice.n_ranks
-    exclude = [(key_N, key_N) for key_N in keys]
-    ids_NW, scores_NW = find_neighbors(query_ND, target_ND, n_neighbors=width, exclude=exclude, **search)
-    return Neighbors(ids_NW, scores_NW, positive_scores(query_ND, target_ND))
 
 
 def _log_choice(task: str, n_rows: int, choice: RankChoice) -> None:
     log.info("task %r: ranks %d to %d are hard: %s", task, choice.first_rank, choice.last_rank, choice.reason)
     if choice.suspicious:
-        log.info("task %r: share of likely right targets by rank: %s", task, [round(x, 3) for x in choice.suspicious])
+        shown = {rank: round(choice.suspicious[rank], 3) for rank in _SHOWN_RANKS if rank < len(choice.suspicious)}
+        log.info("task %r: share of likely right targets by rank: %s", task, shown)
     if not choice.labels and n_rows <= choice.first_rank + 1:
         log.warning("task %r has %d rows, none beyond rank %d: no edges", task, n_rows, choice.first_rank)
 
 
-def _hardness(mined: MinedPlan, embeddings: Embeddings, target_key_N: Tensor, batch_size: int) -> dict[str, float]:
+def _hardness(mined: MinedPlan, rows: _Rows, batch_size: int) -> dict[str, float]:
     """The same number of batches of the first epoch, mined and random, and the bound."""
     seed = mined.settings.seed
+    hardness_of = partial(mean_hardness, rows.embeddings, rows.keys[0])
     random = BatchPlan(
         random_clusters(mined.n_rows),
         batch_size=batch_size,
@@ -167,8 +254,8 @@ def _hardness(mined: MinedPlan, embeddings: Embeddings, target_key_N: Tensor, ba
         task_names=mined.task_names,
     )
     return {
-        "mined": mean_hardness(embeddings, target_key_N, mined.batches(batch_size=batch_size, seed=seed).epoch(0)),
-        "random": mean_hardness(embeddings, target_key_N, random.epoch(0)),
+        "mined": hardness_of(mined.batches(batch_size=batch_size, seed=seed).epoch(0)),
+        "random": hardness_of(random.epoch(0)),
         "best": best_hardness(mined.neighbors, mined.window, batch_size),
         "batch_size": batch_size,
     }

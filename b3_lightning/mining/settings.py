@@ -11,7 +11,9 @@ Ranked = Literal["auto", "rows", "labels"]
 NegativesOf = Literal["cluster", "row"]
 AUTO = "auto"
 
-_OF_THE_WHOLE_PLAN = ("cluster_size", "n_negatives", "backend", "seed", "memory_budget_gib", "per_task")
+_OF_THE_WHOLE_PLAN = (
+    "cluster_size", "n_negatives", "neighbors", "min_recall", "backend", "seed", "memory_budget_gib", "per_task",
+)  # fmt: skip
 """Settings that a task cannot have of its own."""
 _LEAST = {"first_rank": 0, "n_ranks": 1, "cluster_size": 2, "swap_rounds": 0, "n_negatives": 0, "seed": 0}
 _CHOICES = {
@@ -19,6 +21,7 @@ _CHOICES = {
     "edges": get_args(EdgeKind),
     "communities": get_args(CommunityAlgorithm),
     "negatives_of": get_args(NegativesOf),
+    "neighbors": ("exact", "approximate"),
     "backend": ("cpu",),
 }
 
@@ -52,6 +55,9 @@ class MiningSettings:
         negatives_of: drawn from what the whole ``cluster`` finds hard, by how many of its rows do (the paper), or from
             the ``row``'s own window.
         random_negatives: share of the hard negatives that is drawn from all rows instead.
+        neighbors: ``exact``, or ``approximate`` (faiss, extra ``cpu``), whose recall is measured; see the docs on
+            performance for when it costs less.
+        min_recall: approximate neighbours are refused below it.
         backend: where mining runs.
         seed: of every random choice; the same seed and settings give the same plan.
         memory_budget_gib: bounds what the search for neighbours holds beside vectors and result.
@@ -76,6 +82,8 @@ class MiningSettings:
     n_negatives: int = 0
     negatives_of: NegativesOf = "cluster"
     random_negatives: float = 0.0
+    neighbors: Literal["exact", "approximate"] = "exact"
+    min_recall: float = 0.95
     backend: Literal["cpu"] = "cpu"
     seed: int = 0
     memory_budget_gib: float = 1.0
@@ -92,10 +100,9 @@ class MiningSettings:
         for name in ("resolution", "memory_budget_gib", "label_share"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
-        if not 0 <= self.random_negatives <= 1 or self.label_share > 1:
-            raise ValueError(
-                f"random_negatives={self.random_negatives} and label_share={self.label_share} must be shares, 0 to 1"
-            )
+        for name in ("random_negatives", "label_share", "min_recall"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be a share, 0 to 1")
         self._check_filters()
         for task in self.per_task:
             self.of_task(task)

@@ -19,6 +19,9 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        reason = f"cannot write {path}: {error.strerror}. What was finished before is kept: mend this and run again"
+        raise OSError(error.errno, reason) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,0 +1,259 @@
+"""Nothing is lost: finished parts outlive a kill, are checked when read, and are shared out over processes."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor
+
+from b3_lightning.data.teacher import encoder_fingerprint
+from b3_lightning.mining import MinedPlan, MiningSettings, Processes, Stages, fingerprint, mine, neighbors
+from b3_lightning.mining.stages import Stage
+from b3_lightning.model.embedder import LoadSettings, load_embedder
+
+SETTINGS = MiningSettings(first_rank=1, n_ranks=6, cluster_size=4)
+
+
+def vectors(n_rows: int, seed: int = 0) -> npt.NDArray[np.float32]:
+    return np.random.default_rng(seed).normal(size=(n_rows, 8)).astype(np.float32)
+
+
+def mine_in(folder: Path, **changes: object) -> MinedPlan:
+    arguments = {"settings": SETTINGS, "target_keys": range(200), **changes}
+    return mine(vectors(200), vectors(200, seed=1), stages=Stages(folder), **arguments)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbors, "TILE_ROWS", 20)
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The parts that were computed and kept."""
+    parts: list[int] = []
+    put = Stage.put
+
+    def count(stage: Stage, part: int, tensors: dict[str, Tensor]) -> None:
+        parts.append(part)
+        put(stage, part, tensors)
+
+    monkeypatch.setattr(Stage, "put", count)
+    return parts
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+import test_stages
+from b3_lightning.mining import neighbors
+from b3_lightning.mining.stages import Stage
+neighbors.TILE_ROWS = 20
+put, left = Stage.put, int(sys.argv[2])
+def dying(stage, part, tensors):
+    global left
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    put(stage, part, tensors)
+Stage.put = dying
+test_stages.mine_in(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_a_killed_run_goes_on_and_computes_no_finished_tile_twice(tmp_path: Path, computed: list[int]) -> None:
+    expected = mine(vectors(200), vectors(200, seed=1), settings=SETTINGS, target_keys=range(200))
+    computed.clear()
+    for n_more in (3, 0, 4):
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, str(tmp_path), str(n_more), str(Path(__file__).parent)],
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    found = mine_in(tmp_path)
+    assert computed == [7, 8, 9]
+    assert torch.equal(found.clusters.ids_CK, expected.clusters.ids_CK)
+    assert torch.equal(found.neighbors.scores_NW, expected.neighbors.scores_NW)
+
+
+SHARED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import torch, torch.distributed as dist
+import test_stages
+from b3_lightning.mining import Processes, Stages, help_mine, mine, neighbors
+from b3_lightning.mining.stages import Stage
+neighbors.TILE_ROWS = 20
+dist.init_process_group("gloo")
+rank, put = dist.get_rank(), Stage.put
+def told(stage, part, tensors):
+    print(f"process {rank} computed {part}", flush=True)
+    put(stage, part, tensors)
+Stage.put = told
+folder = Path(sys.argv[1])
+about = {"settings": test_stages.SETTINGS, "target_keys": range(200), "tasks": ["a", "b"] * 100}
+about["stages"] = Stages(folder / "stages", Processes(rank, dist.get_world_size(), dist.barrier))
+vectors = test_stages.vectors(200), test_stages.vectors(200, seed=1)
+if rank == 0:
+    mine(*vectors, **about).save(folder / "plan")
+else:
+    help_mine(*vectors, **about)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_two_processes_under_torchrun_make_the_plan_of_one(tmp_path: Path) -> None:
+    expected = mine(
+        vectors(200), vectors(200, seed=1), settings=SETTINGS, target_keys=range(200), tasks=["a", "b"] * 100
+    )
+    (tmp_path / "shared.py").write_text(SHARED)
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+            str(tmp_path / "shared.py"), str(tmp_path), str(Path(__file__).parent),
+        ],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for rank, parts in ((0, (0, 2, 4)), (1, (1, 3))):
+        for part in parts:
+            assert done.stdout.count(f"process {rank} computed {part}\n") == 2  # once for each task
+    assert done.stdout.count("computed") == 10
+    found = MinedPlan.load(tmp_path / "plan")
+    assert torch.equal(found.clusters.ids_CK, expected.clusters.ids_CK)
+    assert torch.equal(found.neighbors.ids_NW, expected.neighbors.ids_NW)
+    assert torch.equal(found.neighbors.scores_NW, expected.neighbors.scores_NW)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_a_second_run_reuses_what_is_valid_and_says_so(
+    tmp_path: Path, computed: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    mine_in(tmp_path)
+    computed.clear()
+    with caplog.at_level(logging.INFO):
+        mine_in(tmp_path, settings=MiningSettings(first_rank=2, n_ranks=5, cluster_size=8, communities="leiden"))
+    assert computed == []  # the same seven ranks are needed
+    assert "neighbours: 10 of 10 parts are finished" in caplog.text
+    for change in ({"settings": MiningSettings(first_rank=1, n_ranks=7, cluster_size=4)}, {"query_keys": [0] * 200}):
+        computed.clear()
+        mine_in(tmp_path, **change)
+        assert len(computed) == 10
+    computed.clear()
+    query = vectors(200)
+    query[17, 3] += 1e-3
+    mine(query, vectors(200, seed=1), settings=SETTINGS, target_keys=range(200), stages=Stages(tmp_path))
+    assert len(computed) == 10
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "of another stage"])
+def test_a_damaged_part_is_named_and_computed_again(
+    tmp_path: Path, computed: list[int], caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    expected = mine_in(tmp_path)
+    paths = sorted(tmp_path.glob("neighbours-*/part-*.safetensors"))
+    content = bytearray(paths[4].read_bytes())
+    if damage == "truncated":
+        paths[4].write_bytes(content[:-5])
+    elif damage == "flipped":
+        content[-3] ^= 1
+        paths[4].write_bytes(content)
+    else:
+        other = Stages(tmp_path).stage("neighbours", "another")
+        other.put(4, {"ids_QW": torch.zeros(20, 7, dtype=torch.int64), "scores_QW": torch.zeros(20, 7)})
+        paths[4].write_bytes((tmp_path / "neighbours-another" / paths[4].name).read_bytes())
+    computed.clear()
+    again = mine_in(tmp_path)
+    assert computed == [4]
+    assert f"{paths[4]} is truncated, changed or of another version" in caplog.text
+    assert torch.equal(again.neighbors.ids_NW, expected.neighbors.ids_NW)
+
+
+def test_a_full_disk_is_named_and_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, payload: bytes) -> None:
+        path.write_bytes(payload[:10])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("b3_lightning.mining.stages._write", full)
+    with pytest.raises(OSError, match=r"cannot write .*part-000000.*No space left.*is kept: mend this and run again"):
+        mine_in(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*part*")] == []
+
+
+def test_a_second_run_waits_for_the_lock_and_says_for_whom(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    order = []
+
+    def second() -> None:
+        with Stages(tmp_path).locked():
+            order.append("second")
+
+    with Stages(tmp_path).locked():
+        thread = threading.Thread(target=second)
+        thread.start()
+        deadline = time.monotonic() + 10
+        while "is in use by" not in caplog.text:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+    assert f"waiting: {tmp_path} is in use by process {os.getpid()} on" in caplog.text
+
+
+def test_every_process_takes_its_share_and_a_missing_share_is_an_error(tmp_path: Path) -> None:
+    shares = [Stages(tmp_path, Processes(rank, 2)).stage("s", "f") for rank in (0, 1)]
+    assert [share.missing(5) for share in shares] == [[0, 2, 4], [1, 3]]
+    for part in shares[0].missing(5):
+        shares[0].put(part, {"x": torch.tensor([part])})
+    with pytest.raises(FileNotFoundError, match="all processes must see one folder"):
+        list(shares[0].collect(5))
+    for part in shares[1].missing(5):
+        shares[1].put(part, {"x": torch.tensor([part])})
+    assert [int(tensors["x"]) for tensors in shares[1].collect(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="give a folder"):
+        Stages(None, Processes(0, 2))
+
+
+def test_a_fingerprint_tells_contents_apart() -> None:
+    base = fingerprint(x=torch.zeros(2, 3), n=1)
+    others = [
+        fingerprint(x=torch.zeros(3, 2), n=1),
+        fingerprint(x=torch.zeros(2, 3, dtype=torch.float64), n=1),
+        fingerprint(x=torch.zeros(2, 3), n=2),
+        fingerprint(y=torch.zeros(2, 3), n=1),
+    ]
+    assert len({base, *others}) == 5
+    assert fingerprint(n=1, x=torch.zeros(2, 3)) == base
+
+
+def test_an_encoder_s_fingerprint_follows_weights_lengths_and_image_settings(models: dict[str, str]) -> None:
+    def of(name: str, **load: object) -> str:
+        return encoder_fingerprint(load_embedder(models[name], LoadSettings(**load), None))  # type: ignore[arg-type]
+
+    assert of("bert") == of("bert") != of("bert", max_seq_length=7)
+    changed = load_embedder(models["bert"], LoadSettings(), None)
+    with torch.no_grad():
+        next(changed.parameters()).view(-1)[0] += 1e-3
+    assert encoder_fingerprint(changed) != of("bert")
+    pixels = [
+        of("qwen2_vl", pooling="lasttoken", min_pixels=4 * 784, max_pixels=n * 784) for n in (8, 16)
+    ]  # fmt: skip
+    assert pixels[0] != pixels[1]
