@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from typing import Literal
 
@@ -63,22 +62,27 @@ class Remine(Callback):
         # asked when an epoch's loader is built: on_train_epoch_start is too late, and on_train_epoch_end is not called
         # again for a run that is resumed from the end of an epoch
         data.before_epoch = [partial(self._remine_if_due, trainer)]
+        data.after_mining = [partial(log_plan, trainer)]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        _datamodule(trainer).before_epoch = []
+        data = _datamodule(trainer)
+        data.before_epoch, data.after_mining = [], []
 
     def _remine_if_due(self, trainer: Trainer, epoch: int) -> None:
         data = _datamodule(trainer)
         if not self.should_remine(epoch) or data.plan_epoch == epoch:
             return
-        before, start = data.mined, time.perf_counter()
-        mined = data.remine(epoch, miner=self.miner)
-        values = {f"mining/{name}": float(value) for name, value in mined.summary().items()}
-        if before is not None:
-            values |= {f"mining/{name}": value for name, value in plan_change(before, mined).items()}
-        values["mining/seconds"] = time.perf_counter() - start
-        for logger in trainer.loggers:
-            logger.log_metrics(values | {"epoch": float(epoch)}, step=trainer.global_step)
+        data.remine(epoch, miner=self.miner)
+
+
+def log_plan(trainer: Trainer, before: MinedPlan | None, after: MinedPlan, epoch: int, seconds: float) -> None:
+    """Log what a new plan holds, how hard its batches are, and what changed; also for the first one."""
+    values = {f"mining/{name}": float(value) for name, value in after.summary().items()}
+    if before is not None:
+        values |= {f"mining/{name}": value for name, value in plan_change(before, after).items()}
+    values["mining/seconds"] = seconds
+    for logger in trainer.loggers:
+        logger.log_metrics(values | {"epoch": float(epoch)}, step=trainer.global_step)
 
 
 def plan_change(before: MinedPlan, after: MinedPlan) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,25 +15,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from b3_lightning.data.collate import Features, PairCollator, PairDataset
+from b3_lightning.data.collate import PairCollator, PairDataset
 from b3_lightning.data.images import ImageCheck, check_images
 from b3_lightning.data.pairs import TEXT_AND_IMAGE, Modality, PairSource, PairTable, load_pairs, modality_of
 from b3_lightning.data.sampler import EpochBatches
-from b3_lightning.data.teacher import (
-    VECTOR_SUFFIXES,
-    Embed,
-    encode_pairs,
-    encoder_fingerprint,
-    load_vectors,
-    teacher_embed,
-)
+from b3_lightning.data.teacher import VECTOR_SUFFIXES, PairEncoder, check_vectors, student_embed, teacher_embed
 from b3_lightning.mining import (
     BatchPlan,
     MinedPlan,
     MiningSettings,
     Processes,
     Stages,
-    fingerprint,
     help_mine,
     mine,
     random_clusters,
@@ -102,6 +95,7 @@ class PairsDataModule(L.LightningDataModule):
         self.num_workers, self.image_check, self.seed = num_workers, image_check, seed
         self.mined: MinedPlan | None = None
         self.before_epoch: list[Callable[[int], None]] = []
+        self.after_mining: list[Callable[[MinedPlan | None, MinedPlan, int, float], None]] = []
         self._batch_plan: BatchPlan | None = None
         self._splits: dict[str, _Split] = {}
         self._in_use: dict[str, Any] = {}
@@ -139,7 +133,7 @@ class PairsDataModule(L.LightningDataModule):
         if self.plan_folder is not None:
             MinedPlan.load(self.plan_folder).check_rows(len(pairs))
         elif self.batches == "b3" and self.teacher.endswith(VECTOR_SUFFIXES):
-            _check_vectors(self.teacher, len(pairs))
+            check_vectors(self.teacher, len(pairs))
 
     def pairs(self, split: str) -> PairTable:
         """The rows of a loaded split."""
@@ -256,6 +250,7 @@ class PairsDataModule(L.LightningDataModule):
         """Mine batches that are used from ``epoch`` on; rank 0 makes the plan, every rank reads it."""
         trainer = self._trainer()
         folder = self._plan_folder(epoch)
+        before, start = self.mined, time.perf_counter()
         mined = self.mine(miner=miner)
         if mined is not None:
             mined.save(folder)
@@ -263,6 +258,10 @@ class PairsDataModule(L.LightningDataModule):
         trainer.strategy.barrier("mined")
         mined = MinedPlan.load(folder)
         self._use(mined, epoch)
+        seconds = time.perf_counter() - start
+        log.info("epoch %d: mined in %.1f s: %s", epoch, seconds, _in_words(mined.summary()))
+        for tell in self.after_mining:
+            tell(before, mined, epoch, seconds)
         return mined
 
     def mine(self, *, miner: Miner = "teacher") -> MinedPlan | None:
@@ -274,8 +273,7 @@ class PairsDataModule(L.LightningDataModule):
         stages = Stages(folder, processes)
         enabled = trainer.progress_bar_callback is not None and trainer.is_global_zero
         with stages.locked(), StageProgress(enabled=enabled) as progress:
-            vectors = self._student_vectors if by_student else self._teacher_vectors
-            embeddings = vectors(stages, progress)
+            embeddings = self._vectors(by_student, stages, progress)
             about: dict[str, Any] = {
                 "settings": self.mining,
                 "target_keys": train.keys["target"],
@@ -308,48 +306,26 @@ class PairsDataModule(L.LightningDataModule):
         )
         self._in_use = {"epoch": first_epoch, "carried": [] if carried is None else carried.tolist()}
 
-    def _teacher_vectors(self, stages: Stages, progress: StageProgress) -> Embeddings:
-        if self.teacher.endswith(VECTOR_SUFFIXES):
-            return _check_vectors(self.teacher, len(self.pairs("train")))
-        teacher: Any = self._trainer().lightning_module.load_teacher(self.teacher)  # type: ignore[operator]
-        embed = teacher_embed(teacher, self._trainer().strategy.root_device)
-        return self._encode(teacher, embed, stages, progress)
-
-    def _student_vectors(self, stages: Stages, progress: StageProgress) -> Embeddings:
-        trainer, module = self._trainer(), self._trainer().lightning_module
-
-        @torch.no_grad()
-        def embed(features: list[Features]) -> Tensor:
-            with trainer.precision_plugin.forward_context():
-                vectors: Tensor = module.embed(trainer.strategy.batch_to_device(features))  # type: ignore[operator]
-            return vectors
-
-        was_training = module.training
-        module.eval()
-        try:
-            return self._encode(module.embedder, embed, stages, progress)
-        finally:
-            module.train(was_training)
-
-    def _encode(self, model: Any, embed: Embed, stages: Stages, progress: StageProgress) -> Embeddings:
-        train = self._splits["train"]
-        contents = {side: _contents(train.pairs, side, train.digests) for side in ("query", "target")}
-        content = fingerprint(
-            model=encoder_fingerprint(model),
-            precision=str(self._trainer().precision),
-            batch_size=self.eval_batch_size,  # padding differs with it, and so do the last bits
-            **contents,
-        )
-        return encode_pairs(
+    def _vectors(self, by_student: bool, stages: Stages, progress: StageProgress) -> Embeddings:
+        trainer, train = self._trainer(), self._splits["train"]
+        if not by_student and self.teacher.endswith(VECTOR_SUFFIXES):
+            return check_vectors(self.teacher, len(train.pairs))
+        encoder = PairEncoder(
             train.pairs,
             self.image_root,
-            preprocess=model.preprocess,
-            embed=embed,
+            contents={side: _contents(train.pairs, side, train.digests) for side in ("query", "target")},
+            precision=str(trainer.precision),
             batch_size=self.eval_batch_size,
             num_workers=self.num_workers,
-            stage=stages.stage("vectors", content),
+            stages=stages,
             progress=progress,
         )
+        module: Any = trainer.lightning_module
+        if by_student:
+            with student_embed(trainer) as embed:
+                return encoder.encode(module.embedder, embed)
+        teacher = module.load_teacher(self.teacher)
+        return encoder.encode(teacher, teacher_embed(teacher, trainer.strategy.root_device))
 
     # ---- resume
 
@@ -378,6 +354,14 @@ class PairsDataModule(L.LightningDataModule):
         return Path(self._trainer().default_root_dir) / "plans" / f"epoch-{epoch:04d}"
 
 
+def _in_words(summary: dict[str, float]) -> str:
+    hardness = " / ".join(f"{summary[f'hardness_{name}']:.2f}" for name in ("random", "mined", "best"))
+    return (
+        f"{summary['n_edges']:,.0f} edges, {summary['kept_frac']:.1%} of them inside {summary['n_clusters']:,.0f} "
+        f"clusters, {summary['n_fillers']:,.0f} fillers; hardness {hardness} (random / mined / best)"
+    )
+
+
 def _contents(pairs: PairTable, side: str, digests: dict[str, str]) -> list[tuple[str, str]]:
     """Text and image content of every row."""
     return [(item.text, digests[item.image] if item.image else "") for item in pairs.items(side)]
@@ -387,12 +371,3 @@ def _content_keys(pairs: PairTable, side: str, digests: dict[str, str]) -> Tenso
     """(N,) int64: rows with equal text and image content share a key."""
     codes: dict[tuple[str, str], int] = {}
     return torch.tensor([codes.setdefault(content, len(codes)) for content in _contents(pairs, side, digests)])
-
-
-def _check_vectors(path: str, n_rows: int) -> Embeddings:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"data.teacher={path} names a file of vectors that does not exist")
-    embeddings = load_vectors(Path(path))
-    if len(embeddings) != n_rows:
-        raise ValueError(f"data.teacher={path} holds vectors of {len(embeddings)} rows, the pairs have {n_rows}")
-    return embeddings

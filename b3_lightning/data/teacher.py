@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from b3_lightning.data.collate import Features, ItemCollator, PairDataset, Preprocess
-from b3_lightning.data.pairs import PairTable
+from b3_lightning.data.pairs import Item, PairTable
 from b3_lightning.mining import Progress, fingerprint
-from b3_lightning.mining.stages import Stage
+from b3_lightning.mining.stages import Stage, Stages
 from b3_lightning.mining.store import sha256
 from b3_lightning.types import Embeddings
 
@@ -30,49 +32,65 @@ Embed = Callable[[list[Features]], Tensor]
 """Features of a batch -> (B, D) vectors on any device."""
 
 
-def encode_pairs(
-    pairs: PairTable,
-    image_root: Path,
-    *,
-    preprocess: Preprocess,
-    embed: Embed,
-    batch_size: int,
-    stage: Stage,
-    num_workers: int = 0,
-    progress: Progress | None = None,
-) -> Embeddings:
-    """Encode queries and targets, each distinct (text, image) once, long texts first.
+@dataclass(frozen=True)
+class PairEncoder:
+    """Encodes queries and targets, each distinct (text, image) once, long texts first.
 
     Args:
-        stage: keeps finished parts of ``PART_ITEMS`` items and shares them out over processes.
+        contents: text and image content of every row, by side: what the vectors depend on beside the model.
+        precision: of the trainer.
+        batch_size: items embedded at once; padding differs with it, and so do the last bits.
+        stages: keeps finished parts of ``PART_ITEMS`` items and shares them out over processes.
     """
-    items = {side: pairs.items(side) for side in ("query", "target")}
-    distinct = sorted(set(items["query"]) | set(items["target"]), key=lambda item: (-len(item.text), item))
-    n_parts = math.ceil(len(distinct) / PART_ITEMS)
-    parts = stage.missing(n_parts)
-    batches = _batches_of_parts(parts, len(distinct), batch_size)
-    loader = DataLoader(
-        PairDataset(len(distinct)),
-        batch_sampler=batches,
-        num_workers=num_workers,
-        collate_fn=ItemCollator(distinct, image_root, preprocess),
-    )
-    n_all = sum(len(batch) for batch in batches)
-    vectors: list[Tensor] = []
-    n_done = 0
-    for positions, features in loader:
-        vectors.append(embed(features).float().cpu())
-        n_done += len(positions)
-        if progress is not None:
-            progress("encoding", n_done, n_all)
-        last = int(positions[-1])
-        if (last + 1) % PART_ITEMS == 0 or last + 1 == len(distinct):
-            stage.put(last // PART_ITEMS, {"vector_UD": torch.cat(vectors)})
-            vectors = []
-    vector_UD = torch.cat([part["vector_UD"] for part in stage.collect(n_parts)])
-    position = {item: index for index, item in enumerate(distinct)}
-    query, target = (vector_UD[[position[item] for item in items[side]]] for side in ("query", "target"))
-    return Embeddings.from_arrays(query, target)
+
+    pairs: PairTable
+    image_root: Path
+    contents: Mapping[str, list[tuple[str, str]]]
+    precision: str
+    batch_size: int
+    num_workers: int
+    stages: Stages
+    progress: Progress | None = None
+
+    def encode(self, model: Any, embed: Embed) -> Embeddings:
+        """The vectors that ``embed`` gives for what ``model`` preprocesses."""
+        content = fingerprint(
+            model=encoder_fingerprint(model),
+            precision=self.precision,
+            batch_size=self.batch_size,
+            **self.contents,
+        )
+        stage = self.stages.stage("vectors", content)
+        items = {side: self.pairs.items(side) for side in ("query", "target")}
+        distinct = sorted(set(items["query"]) | set(items["target"]), key=lambda item: (-len(item.text), item))
+        n_parts = math.ceil(len(distinct) / PART_ITEMS)
+        self._encode_parts(stage, stage.missing(n_parts), distinct, model.preprocess, embed)
+        vector_UD = torch.cat([part["vector_UD"] for part in stage.collect(n_parts)])
+        position = {item: index for index, item in enumerate(distinct)}
+        query, target = (vector_UD[[position[item] for item in items[side]]] for side in ("query", "target"))
+        return Embeddings.from_arrays(query, target)
+
+    def _encode_parts(
+        self, stage: Stage, parts: list[int], distinct: list[Item], preprocess: Preprocess, embed: Embed
+    ) -> None:
+        batches = _batches_of_parts(parts, len(distinct), self.batch_size)
+        loader = DataLoader(
+            PairDataset(len(distinct)),
+            batch_sampler=batches,
+            num_workers=self.num_workers,
+            collate_fn=ItemCollator(distinct, self.image_root, preprocess),
+        )
+        n_all, n_done = sum(len(batch) for batch in batches), 0
+        vectors: list[Tensor] = []
+        for positions, features in loader:
+            vectors.append(embed(features).float().cpu())
+            n_done += len(positions)
+            if self.progress is not None:
+                self.progress("encoding", n_done, n_all)
+            last = int(positions[-1])
+            if (last + 1) % PART_ITEMS == 0 or last + 1 == len(distinct):
+                stage.put(last // PART_ITEMS, {"vector_UD": torch.cat(vectors)})
+                vectors = []
 
 
 def _batches_of_parts(parts: list[int], n_items: int, batch_size: int) -> list[list[int]]:
@@ -130,3 +148,32 @@ def teacher_embed(teacher: Any, device: torch.device) -> Embed:
         return vector_PD[torch.cat([part.position_P for part in moved]).argsort()]
 
     return embed
+
+
+@contextmanager
+def student_embed(trainer: Any) -> Iterator[Embed]:
+    """How the model in training embeds, in evaluation mode, in the trainer's precision."""
+    module = trainer.lightning_module
+
+    @torch.no_grad()
+    def embed(features: list[Features]) -> Tensor:
+        with trainer.precision_plugin.forward_context():
+            vectors: Tensor = module.embed(trainer.strategy.batch_to_device(features))
+        return vectors
+
+    was_training = module.training
+    module.eval()
+    try:
+        yield embed
+    finally:
+        module.train(was_training)
+
+
+def check_vectors(path: str, n_rows: int) -> Embeddings:
+    """Read vectors from a file and refuse another number of rows."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"data.teacher={path} names a file of vectors that does not exist")
+    embeddings = load_vectors(Path(path))
+    if len(embeddings) != n_rows:
+        raise ValueError(f"data.teacher={path} holds vectors of {len(embeddings)} rows, the pairs have {n_rows}")
+    return embeddings
