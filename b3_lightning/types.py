@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_TILE_ROWS = 2**15
+_GRID = 2.0**26
 PADDING = -1
 """Fills the last cluster of a task and the ranks that a small task does not have."""
 
@@ -64,16 +66,33 @@ class Embeddings:
 
 
 def _unit_rows(side: str, values: Any) -> Tensor:
-    vector_ND = torch.as_tensor(values).detach().to(device="cpu", dtype=torch.float32)
+    """Unit rows as multiples of 2^-26, of which mining/exact.py computes the same cosines on every machine.
+
+    In tiles, so that nothing but the result takes memory; values that are such rows already are not copied.
+    """
+    vector_ND = torch.as_tensor(values).detach().cpu()
     if vector_ND.ndim != 2 or 0 in vector_ND.shape:
         raise ValueError(f"{side} vectors have shape {tuple(vector_ND.shape)}; needed: (rows, dimensions), neither 0")
-    norm_N = vector_ND.norm(dim=1)
-    bad_N = (~torch.isfinite(norm_N) | (norm_N == 0)).nonzero().flatten()
-    if len(bad_N):
-        raise ValueError(f"{side} vectors hold NaN, infinity or only zeros in {name_rows(bad_N)}; embed these again")
-    # multiples of 2^-26, of which mining/exact.py computes the same cosines on every machine
-    unit_ND: Tensor = (vector_ND / norm_N[:, None]).mul_(2.0**26).round_().mul_(2.0**-26)
-    return unit_ND
+    unit_ND: Tensor | None = None
+    bad: list[int] = []
+    for start in range(0, len(vector_ND), _TILE_ROWS):
+        tile_QD = vector_ND[start : start + _TILE_ROWS].float()
+        norm_Q = tile_QD.norm(dim=1)
+        bad += ((~torch.isfinite(norm_Q) | (norm_Q == 0)).nonzero().flatten() + start).tolist()
+        if unit_ND is None and vector_ND.dtype == torch.float32 and _is_unit(tile_QD, norm_Q):
+            continue
+        if unit_ND is None:
+            unit_ND = torch.empty(vector_ND.shape)
+            unit_ND[:start] = vector_ND[:start]
+        unit_ND[start : start + _TILE_ROWS] = (tile_QD / norm_Q[:, None]).mul_(_GRID).round_().mul_(1 / _GRID)
+    if bad:
+        raise ValueError(f"{side} vectors hold NaN, infinity or only zeros in {name_rows(bad)}; embed these again")
+    return vector_ND if unit_ND is None else unit_ND
+
+
+def _is_unit(tile_QD: Tensor, norm_Q: Tensor) -> bool:
+    on_grid = torch.equal((tile_QD * _GRID).round_().mul_(1 / _GRID), tile_QD)
+    return on_grid and bool(((norm_Q - 1).abs() < 3e-7).all())
 
 
 @dataclass(frozen=True, slots=True)

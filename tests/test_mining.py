@@ -251,3 +251,16 @@ def test_window_arcs_leave_out_missing_ranks() -> None:
     neighbors = Neighbors(torch.tensor([[1, -1], [0, -1]]), torch.zeros(2, 2), torch.ones(2))
     from_A, to_A = window_arcs(neighbors, rank_window(neighbors, MiningSettings(), first_rank=0, n_ranks=2))
     assert (from_A.tolist(), to_A.tolist()) == ([0, 1], [1, 0])
+
+
+def test_unit_vectors_are_not_copied_and_all_bad_rows_are_named() -> None:
+    embeddings = Embeddings.from_arrays(vectors(100), vectors(100, seed=1))
+    again = Embeddings.from_arrays(embeddings.query_ND, embeddings.target_ND)
+    assert again.query_ND.data_ptr() == embeddings.query_ND.data_ptr()
+    assert torch.equal(again.target_ND, embeddings.target_ND)
+    exact = torch.nn.functional.normalize(torch.tensor(vectors(100)).double(), dim=1)
+    assert torch.allclose(embeddings.query_ND.double(), exact, atol=2e-7)
+    broken = vectors(100)
+    broken[[3, 50, 99]] = np.nan
+    with pytest.raises(ValueError, match=r"rows? ?\(?s?\)? 3, 50, 99"):
+        Embeddings.from_arrays(broken, vectors(100))

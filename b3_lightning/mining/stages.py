@@ -136,7 +136,9 @@ class Stage:
             yield tensors
 
     def each(self, n_parts: int, compute: Callable[[int], Tensors]) -> Iterator[Tensors]:
-        """Compute what is missing, then collect."""
+        """Compute what is missing, then collect; without a folder, compute each part when it is asked for."""
+        if self.folder is None:
+            return (compute(part) for part in range(n_parts))
         for part in self.missing(n_parts):
             self.put(part, compute(part))
         return self.collect(n_parts)

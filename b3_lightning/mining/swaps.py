@@ -23,24 +23,87 @@ def improve_by_swaps(clusters: Clusters, edges: Edges, *, max_rounds: int) -> Cl
     """Swap rows until no swap raises the kept weight, or ``max_rounds`` are done."""
     if len(edges) == 0 or len(clusters) == 1:
         return clusters
-    ids_CK = clusters.ids_CK.clone()
-    cluster_N = clusters.cluster_of_row()
+    search = _Search(clusters, edges)
     for _ in range(max_rounds):
-        first_S, second_S, gain_S = _find_swaps(ids_CK, cluster_N, edges)
+        first_S, second_S, gain_S = search.find_swaps()
         if len(gain_S) == 0:
             break
-        chosen_S = _independent(cluster_N[first_S], cluster_N[second_S], gain_S, len(ids_CK))
-        _swap(ids_CK, cluster_N, first_S[chosen_S], second_S[chosen_S])
-    return Clusters(ids_CK)
+        chosen_S = _independent(search.cluster_N[first_S], search.cluster_N[second_S], gain_S, len(clusters))
+        search.swap(first_S[chosen_S], second_S[chosen_S])
+    return Clusters(search.ids_CK)
+
+
+class _Search:
+    """The clusters as they are, and which of them changed in the last round.
+
+    The gain of a swap depends only on who is in its two clusters, so a round looks only at pairs of clusters of which
+    one has changed: a swap that was found and not made lost to one that changed a cluster of its own.
+    """
+
+    def __init__(self, clusters: Clusters, edges: Edges) -> None:
+        self.edges = edges
+        self.ids_CK = clusters.ids_CK.clone()
+        self.cluster_N = clusters.cluster_of_row()
+        self._from_A, self._to_A, self._weight_A = edges.both_directions()
+        self._edge_code_E = edges.source_E * edges.n_rows + edges.target_E
+        self._own_N = torch.zeros(len(self.cluster_N))
+        self._changed_C = torch.ones(len(self.ids_CK), dtype=torch.bool)
+        self._update_own()
+
+    def _update_own(self) -> None:
+        """Weight of the edges between a row and its own cluster, where that has changed."""
+        from_cluster_A = self.cluster_N[self._from_A]
+        inside_A = (from_cluster_A == self.cluster_N[self._to_A]) & self._changed_C[from_cluster_A]
+        self._own_N[self._changed_C[self.cluster_N]] = 0
+        self._own_N.index_add_(0, self._from_A[inside_A], self._weight_A[inside_A])
+
+    def find_swaps(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For every (row, other cluster) that ties the row more than its own: its best partner there, and the gain."""
+        changed_N = self._changed_C[self.cluster_N]
+        near_A = changed_N[self._from_A] | changed_N[self._to_A]
+        ties = _Ties(self._from_A[near_A], self.cluster_N[self._to_A[near_A]], self._weight_A[near_A], len(self.ids_CK))
+        row_A, cluster_A = ties.code_A // len(self.ids_CK), ties.code_A % len(self.ids_CK)
+        pull_A = ties.weight_A - self._own_N[row_A]
+        wish = ((pull_A > 0) & (cluster_A != self.cluster_N[row_A])).nonzero().flatten()
+        rows, partners, gains = [wish[:0]], [wish[:0]], [pull_A[:0]]
+        for part in wish.split(_ROWS_AT_ONCE):
+            partner_SK = self.ids_CK[cluster_A[part]]
+            gain_SK = pull_A[part][:, None] + self._gain_of_partners(row_A[part], partner_SK.clamp(min=0), ties)
+            best = gain_SK.masked_fill_(partner_SK == PADDING, -torch.inf).max(dim=1)
+            useful = best.values > _LEAST_GAIN
+            rows.append(row_A[part][useful])
+            partners.append(partner_SK.gather(1, best.indices[:, None]).flatten()[useful])
+            gains.append(best.values[useful])
+        return torch.cat(rows), torch.cat(partners), torch.cat(gains)
+
+    def _gain_of_partners(self, row_S: Tensor, partner_SK: Tensor, ties: _Ties) -> Tensor:
+        """(S, K) what each partner's move to the row's cluster brings, less the edge between the two, which is lost."""
+        back_SK = ties(partner_SK, self.cluster_N[row_S][:, None]) - self._own_N[partner_SK]
+        low_SK = torch.minimum(row_S[:, None], partner_SK)
+        code_SK = low_SK * self.edges.n_rows + torch.maximum(row_S[:, None], partner_SK)
+        return back_SK - 2 * _look_up(self._edge_code_E, self.edges.weight_E, code_SK)
+
+    def swap(self, first_S: Tensor, second_S: Tensor) -> None:
+        """Let each pair change places."""
+        position_N = torch.empty(len(self.cluster_N), dtype=torch.int64)
+        filled_CK = self.ids_CK != PADDING
+        position_N[self.ids_CK[filled_CK]] = filled_CK.flatten().nonzero().flatten()
+        self.ids_CK.view(-1)[position_N[first_S]] = second_S
+        self.ids_CK.view(-1)[position_N[second_S]] = first_S
+        to_first_S, to_second_S = self.cluster_N[second_S], self.cluster_N[first_S]
+        self.cluster_N[first_S], self.cluster_N[second_S] = to_first_S, to_second_S
+        self._changed_C.zero_()
+        self._changed_C[to_first_S] = True
+        self._changed_C[to_second_S] = True
+        self._update_own()
 
 
 class _Ties:
-    """Weight of the edges between every row and every cluster, looked up by (row, cluster)."""
+    """Weight of the edges between rows and clusters, looked up by (row, cluster)."""
 
-    def __init__(self, cluster_N: Tensor, edges: Edges, n_clusters: int) -> None:
-        from_A, to_A, weight_A = edges.both_directions()
+    def __init__(self, row_A: Tensor, cluster_A: Tensor, weight_A: Tensor, n_clusters: int) -> None:
         self.n_clusters = n_clusters
-        self.code_A, index_A = (from_A * n_clusters + cluster_N[to_A]).unique(return_inverse=True)
+        self.code_A, index_A = (row_A * n_clusters + cluster_A).unique(return_inverse=True)
         self.weight_A = torch.zeros(len(self.code_A)).index_add_(0, index_A, weight_A)
 
     def __call__(self, row: Tensor, cluster: Tensor) -> Tensor:
@@ -49,35 +112,10 @@ class _Ties:
 
 def _look_up(code_A: Tensor, weight_A: Tensor, code: Tensor) -> Tensor:
     """The weight that stands at each code of sorted ``code_A``; 0 where it is absent."""
-    place = torch.searchsorted(code_A, code).clamp(max=len(code_A) - 1)
+    if len(code_A) == 0:
+        return torch.zeros(code.shape)
+    place = torch.searchsorted(code_A, code).clamp_(max=len(code_A) - 1)
     return torch.where(code_A[place] == code, weight_A[place], 0.0)
-
-
-def _find_swaps(ids_CK: Tensor, cluster_N: Tensor, edges: Edges) -> tuple[Tensor, Tensor, Tensor]:
-    """For every (row, other cluster) that ties the row more than its own: its best partner there, and the gain."""
-    ties = _Ties(cluster_N, edges, len(ids_CK))
-    own_N = ties(torch.arange(len(cluster_N)), cluster_N)
-    edge_code_E = edges.source_E * edges.n_rows + edges.target_E
-    row_A, cluster_A = ties.code_A // len(ids_CK), ties.code_A % len(ids_CK)
-    pull_A = ties.weight_A - own_N[row_A]
-    wish = ((pull_A > 0) & (cluster_A != cluster_N[row_A])).nonzero().flatten()
-    rows, partners, gains = [wish[:0]], [wish[:0]], [pull_A[:0]]
-    for part in wish.split(_ROWS_AT_ONCE):
-        row_S = row_A[part]
-        partner_SK = ids_CK[cluster_A[part]]
-        known_SK = partner_SK.clamp(min=0)
-        back_SK = ties(known_SK, cluster_N[row_S][:, None].expand_as(known_SK)) - own_N[known_SK]
-        low_SK = torch.minimum(row_S[:, None], known_SK)
-        between_SK = _look_up(
-            edge_code_E, edges.weight_E, low_SK * edges.n_rows + torch.maximum(row_S[:, None], known_SK)
-        )
-        gain_SK = pull_A[part][:, None] + back_SK - 2 * between_SK
-        best = gain_SK.masked_fill(partner_SK == PADDING, -torch.inf).max(dim=1)
-        useful = best.values > _LEAST_GAIN
-        rows.append(row_S[useful])
-        partners.append(partner_SK.gather(1, best.indices[:, None]).flatten()[useful])
-        gains.append(best.values[useful])
-    return torch.cat(rows), torch.cat(partners), torch.cat(gains)
 
 
 def _independent(first_S: Tensor, second_S: Tensor, gain_S: Tensor, n_clusters: int) -> Tensor:
@@ -96,12 +134,3 @@ def _independent(first_S: Tensor, second_S: Tensor, gain_S: Tensor, n_clusters: 
         taken_C[second_S[wins]] = True
         left = left[~taken_C[first_S[left]] & ~taken_C[second_S[left]]]
     return order_S[torch.cat(picked)]
-
-
-def _swap(ids_CK: Tensor, cluster_N: Tensor, first_S: Tensor, second_S: Tensor) -> None:
-    position_N = torch.empty(len(cluster_N), dtype=torch.int64)
-    filled_CK = ids_CK != PADDING
-    position_N[ids_CK[filled_CK]] = filled_CK.flatten().nonzero().flatten()
-    ids_CK.view(-1)[position_N[first_S]] = second_S
-    ids_CK.view(-1)[position_N[second_S]] = first_S
-    cluster_N[first_S], cluster_N[second_S] = cluster_N[second_S], cluster_N[first_S]
