@@ -28,13 +28,21 @@ def improve_by_swaps(clusters: Clusters, edges: Edges, *, max_rounds: int) -> Cl
         first_S, second_S, gain_S = search.find_swaps()
         if len(gain_S) == 0:
             break
-        chosen_S = _independent(search.cluster_N[first_S], search.cluster_N[second_S], gain_S, len(clusters))
-        search.swap(first_S[chosen_S], second_S[chosen_S])
+        while len(gain_S):
+            chosen_S = _independent(search.cluster_N[first_S], search.cluster_N[second_S], gain_S, len(clusters))
+            search.swap(first_S[chosen_S], second_S[chosen_S])
+            # the others found may still be worth it: to weigh those again is far cheaper than to find new ones
+            gain_S[chosen_S] = 0
+            left_S = gain_S > 0
+            first_S, second_S = first_S[left_S], second_S[left_S]
+            gain_S = search.gains(first_S, second_S)
+            left_S = gain_S > _LEAST_GAIN
+            first_S, second_S, gain_S = first_S[left_S], second_S[left_S], gain_S[left_S]
     return Clusters(search.ids_CK)
 
 
 class _Search:
-    """The clusters as they are, and which of them changed in the last round.
+    """The clusters as they are, and which of them changed since swaps were last looked for.
 
     The gain of a swap depends only on who is in its two clusters, so a round looks only at pairs of clusters of which
     one has changed: a swap that was found and not made lost to one that changed a cluster of its own.
@@ -44,24 +52,39 @@ class _Search:
         self.edges = edges
         self.ids_CK = clusters.ids_CK.clone()
         self.cluster_N = clusters.cluster_of_row()
-        self._from_A, self._to_A, self._weight_A = edges.both_directions()
+        from_A, to_A, weight_A = edges.both_directions()
+        order_A = from_A.argsort()
+        self._to_A, self._weight_A = to_A[order_A], weight_A[order_A]
+        self._degree_N = torch.bincount(from_A, minlength=edges.n_rows)
+        self._first_N = self._degree_N.cumsum(0) - self._degree_N
         self._edge_code_E = edges.source_E * edges.n_rows + edges.target_E
-        self._own_N = torch.zeros(len(self.cluster_N))
+        self._own_N = torch.zeros(edges.n_rows)
         self._changed_C = torch.ones(len(self.ids_CK), dtype=torch.bool)
-        self._update_own()
 
-    def _update_own(self) -> None:
-        """Weight of the edges between a row and its own cluster, where that has changed."""
-        from_cluster_A = self.cluster_N[self._from_A]
-        inside_A = (from_cluster_A == self.cluster_N[self._to_A]) & self._changed_C[from_cluster_A]
-        self._own_N[self._changed_C[self.cluster_N]] = 0
-        self._own_N.index_add_(0, self._from_A[inside_A], self._weight_A[inside_A])
+    def _arcs_of(self, row_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Every neighbour of these rows: (position in ``row_S``, neighbour, weight)."""
+        degree_S = self._degree_N[row_S]
+        pair_A = torch.arange(len(row_S)).repeat_interleave(degree_S)
+        place_A = torch.arange(len(pair_A)) - (degree_S.cumsum(0) - degree_S - self._first_N[row_S])[pair_A]
+        return pair_A, self._to_A[place_A], self._weight_A[place_A]
+
+    def _ties_of_changed(self) -> _Ties:
+        """The ties between rows and clusters of which one is in, or is, a cluster that changed."""
+        changed_N = self._changed_C[self.cluster_N]
+        self._changed_C = torch.zeros_like(self._changed_C)
+        rows = changed_N.nonzero().flatten()
+        pair_A, near_A, weight_A = self._arcs_of(rows)
+        row_A = rows[pair_A]
+        inside_A = self.cluster_N[row_A] == self.cluster_N[near_A]
+        self._own_N[rows] = 0
+        self._own_N.index_add_(0, row_A[inside_A], weight_A[inside_A])
+        out_A = ~changed_N[near_A]  # seen from there, such an edge leads into a cluster that changed
+        from_A, to_A = torch.cat([row_A, near_A[out_A]]), torch.cat([near_A, row_A[out_A]])
+        return _Ties(from_A, self.cluster_N[to_A], torch.cat([weight_A, weight_A[out_A]]), len(self.ids_CK))
 
     def find_swaps(self) -> tuple[Tensor, Tensor, Tensor]:
         """For every (row, other cluster) that ties the row more than its own: its best partner there, and the gain."""
-        changed_N = self._changed_C[self.cluster_N]
-        near_A = changed_N[self._from_A] | changed_N[self._to_A]
-        ties = _Ties(self._from_A[near_A], self.cluster_N[self._to_A[near_A]], self._weight_A[near_A], len(self.ids_CK))
+        ties = self._ties_of_changed()
         row_A, cluster_A = ties.code_A // len(self.ids_CK), ties.code_A % len(self.ids_CK)
         pull_A = ties.weight_A - self._own_N[row_A]
         wish = ((pull_A > 0) & (cluster_A != self.cluster_N[row_A])).nonzero().flatten()
@@ -79,9 +102,26 @@ class _Search:
     def _gain_of_partners(self, row_S: Tensor, partner_SK: Tensor, ties: _Ties) -> Tensor:
         """(S, K) what each partner's move to the row's cluster brings, less the edge between the two, which is lost."""
         back_SK = ties(partner_SK, self.cluster_N[row_S][:, None]) - self._own_N[partner_SK]
-        low_SK = torch.minimum(row_S[:, None], partner_SK)
-        code_SK = low_SK * self.edges.n_rows + torch.maximum(row_S[:, None], partner_SK)
-        return back_SK - 2 * _look_up(self._edge_code_E, self.edges.weight_E, code_SK)
+        return back_SK - 2 * self._between(row_S[:, None], partner_SK)
+
+    def _between(self, row: Tensor, other: Tensor) -> Tensor:
+        """Weight of the edge between two rows; 0 where there is none."""
+        code = torch.minimum(row, other) * self.edges.n_rows + torch.maximum(row, other)
+        return _look_up(self._edge_code_E, self.edges.weight_E, code)
+
+    def gains(self, first_S: Tensor, second_S: Tensor) -> Tensor:
+        """(S,) what each swap would bring as the clusters are now."""
+        first_C, second_C = self.cluster_N[first_S], self.cluster_N[second_S]
+        gain_S = self._pull(first_S, second_C, first_C) + self._pull(second_S, first_C, second_C)
+        gain_S -= 2 * self._between(first_S, second_S)
+        return gain_S.masked_fill_(first_C == second_C, 0)
+
+    def _pull(self, row_S: Tensor, to_S: Tensor, own_S: Tensor) -> Tensor:
+        """(S,) how much more weight ties each row to one cluster than to another."""
+        pair_A, near_A, weight_A = self._arcs_of(row_S)
+        cluster_A = self.cluster_N[near_A]
+        weight_A = weight_A * ((cluster_A == to_S[pair_A]).float() - (cluster_A == own_S[pair_A]).float())
+        return torch.zeros(len(row_S)).index_add_(0, pair_A, weight_A)
 
     def swap(self, first_S: Tensor, second_S: Tensor) -> None:
         """Let each pair change places."""
@@ -92,10 +132,8 @@ class _Search:
         self.ids_CK.view(-1)[position_N[second_S]] = first_S
         to_first_S, to_second_S = self.cluster_N[second_S], self.cluster_N[first_S]
         self.cluster_N[first_S], self.cluster_N[second_S] = to_first_S, to_second_S
-        self._changed_C.zero_()
         self._changed_C[to_first_S] = True
         self._changed_C[to_second_S] = True
-        self._update_own()
 
 
 class _Ties:
