@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from unittest import mock
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from b3_lightning.mining import swaps
 from b3_lightning.mining.swaps import improve_by_swaps
 from b3_lightning.types import PADDING, Clusters, Edges
 
@@ -54,10 +56,22 @@ def test_no_rounds_no_edges_or_one_cluster_change_nothing() -> None:
     assert improve_by_swaps(one, graph([(0, 2)], 4), max_rounds=5).ids_CK.equal(one.ids_CK)
 
 
-@given(n_rows=st.integers(4, 24), size=st.integers(2, 6), n_edges=st.integers(1, 80), seed=st.integers(0, 9999))
+@given(
+    n_rows=st.integers(4, 24),
+    size=st.integers(2, 6),
+    n_edges=st.integers(1, 80),
+    arcs_at_once=st.sampled_from([1, 20, 2**18]),
+    seed=st.integers(0, 9999),
+)
 @settings(max_examples=200, deadline=None)
-def test_sizes_stay_and_at_the_end_no_swap_is_left_that_helps(n_rows: int, size: int, n_edges: int, seed: int) -> None:
-    clusters, edges = random_case(n_rows, size, n_edges, seed)
+def test_sizes_stay_and_at_the_end_no_swap_is_left_that_helps(
+    n_rows: int, size: int, n_edges: int, arcs_at_once: int, seed: int
+) -> None:
+    with mock.patch.object(swaps, "_ARCS_AT_ONCE", arcs_at_once):
+        check_a_search(*random_case(n_rows, size, n_edges, seed))
+
+
+def check_a_search(clusters: Clusters, edges: Edges) -> None:
     before, n_rounds = kept(clusters.ids_CK, edges), 0
     better = clusters
     while True:
@@ -75,4 +89,4 @@ def test_sizes_stay_and_at_the_end_no_swap_is_left_that_helps(n_rows: int, size:
             continue
         other_P = ids_P.clone()
         other_P[[first, second]] = ids_P[[second, first]]
-        assert kept(other_P.view(-1, size), edges) <= before + 1e-4
+        assert kept(other_P.view(clusters.ids_CK.shape), edges) <= before + 1e-4
