@@ -78,6 +78,28 @@ def test_a_task_of_three_rows_beside_a_large_one(caplog: pytest.LogCaptureFixtur
         mined.batches(batch_size=16, seed=0)
 
 
+def test_approximate_neighbours_tell_their_recall(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = np.repeat(vectors(60), 50, axis=0)
+    query, target = (family + 0.3 * vectors(3000, seed=seed) for seed in (1, 2))
+    chosen = {"first_rank": 2, "n_ranks": 20, "cluster_size": 8}
+    exact = mine(query, target, settings=MiningSettings(**chosen))  # type: ignore[arg-type]
+    settings_ = MiningSettings(**chosen, neighbors="approximate", min_recall=0.7)  # type: ignore[arg-type]
+    with caplog.at_level("INFO"):
+        found = mine(query, target, settings=settings_)
+    check(found, 3000)
+    assert "recall of the neighbours" in caplog.text
+    common = [
+        len(set(a) & set(b)) / 22
+        for a, b in zip(exact.neighbors.ids_NW.tolist(), found.neighbors.ids_NW.tolist(), strict=True)
+    ]
+    assert np.mean(common) > 0.65
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs faiss: pip install 'b3_lightning\[cpu\]'"):
+        mine(query, target, settings=settings_)
+
+
 def test_rows_in_near_identical_families() -> None:
     """Differences far below bfloat16's steps: the fast path must not decide them."""
     family = np.repeat(vectors(40), 10, axis=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
@@ -129,7 +130,9 @@ class MiningSettings:
             raise ValueError(f"per_task names unknown tasks {unknown}; the tasks are {list(names)}")
 
     def check_fits(self, n_rows: int) -> None:
-        """Refuse a row count that leaves no full window or no full cluster."""
+        """Refuse a row count that leaves no full window or no full cluster, and a search that is not installed."""
+        if self.neighbors == "approximate" and importlib.util.find_spec("faiss") is None:
+            raise ValueError("neighbors='approximate' needs faiss: pip install 'b3_lightning[cpu]', or set it to exact")
         if n_rows < self.cluster_size:
             raise ValueError(
                 f"{n_rows} rows are fewer than cluster_size={self.cluster_size}; "
