@@ -41,6 +41,7 @@ class StageProgress:
             disable=not enabled,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._totals: dict[str, int] = {}
 
     def __enter__(self) -> StageProgress:
         self._progress.start()
@@ -54,4 +55,9 @@ class StageProgress:
     def __call__(self, stage: str, done: int, total: int) -> None:
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(stage, total=total)
+        # begin and end are told as 0 and 1 of 1; a stage that counts its own items keeps its count
+        if total == 1:
+            total = self._totals.get(stage, 1)
+            done *= total
+        self._totals[stage] = total
         self._progress.update(self._tasks[stage], completed=done, total=total)

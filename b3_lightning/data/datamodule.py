@@ -259,7 +259,6 @@ class PairsDataModule(L.LightningDataModule):
         mined = MinedPlan.load(folder)
         self._use(mined, epoch)
         seconds = time.perf_counter() - start
-        log.info("epoch %d: mined in %.1f s: %s", epoch, seconds, _in_words(mined.summary()))
         for tell in self.after_mining:
             tell(before, mined, epoch, seconds)
         return mined
@@ -286,7 +285,9 @@ class PairsDataModule(L.LightningDataModule):
             if not trainer.is_global_zero:
                 help_mine(*vector_pair, **about)
                 return None
-            return mine(*vector_pair, **about, batch_size=self.batch_size, progress=progress)
+            mined = mine(*vector_pair, **about, batch_size=self.batch_size, progress=progress)
+        log.info("mined in %.1f s: %s", sum(mined.seconds.values()), _in_words(mined.summary()))
+        return mined
 
     def _cache_folder(self) -> Path:
         return Path(self.cache) if self.cache is not None else Path(self._trainer().default_root_dir) / "cache"
