@@ -278,7 +278,7 @@ class _ToStderr(logging.Handler):
     """Looks ``sys.stderr`` up for each line, since a live progress bar replaces it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        sys.stderr.write(self.format(record) + "\n")
 
 
 def _show_log() -> None:

@@ -13,10 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_TILE_ROWS = 2**15
-_GRID = 2.0**26
 PADDING = -1
 """Fills the last cluster of a task and the ranks that a small task does not have."""
+GRID = 2.0**26
+"""Vectors are whole multiples of 1 / GRID, of which mining/exact.py computes the same cosines on every machine."""
+_TILE_ROWS = 2**15
+
+
+def round_to_grid_(vector_QD: Tensor) -> Tensor:
+    """Round to multiples of 1 / GRID, in place."""
+    return vector_QD.mul_(GRID).round_().mul_(1 / GRID)
 
 
 def name_rows(rows: Sequence[int] | Tensor) -> str:
@@ -66,7 +72,7 @@ class Embeddings:
 
 
 def _unit_rows(side: str, values: Any) -> Tensor:
-    """Unit rows as multiples of 2^-26, of which mining/exact.py computes the same cosines on every machine.
+    """Unit rows on the grid.
 
     In tiles, so that nothing but the result takes memory; values that are such rows already are not copied.
     """
@@ -84,14 +90,14 @@ def _unit_rows(side: str, values: Any) -> Tensor:
         if unit_ND is None:
             unit_ND = torch.empty(vector_ND.shape)
             unit_ND[:start] = vector_ND[:start]
-        unit_ND[start : start + _TILE_ROWS] = (tile_QD / norm_Q[:, None]).mul_(_GRID).round_().mul_(1 / _GRID)
+        unit_ND[start : start + _TILE_ROWS] = round_to_grid_(tile_QD / norm_Q[:, None])
     if bad:
         raise ValueError(f"{side} vectors hold NaN, infinity or only zeros in {name_rows(bad)}; embed these again")
     return vector_ND if unit_ND is None else unit_ND
 
 
 def _is_unit(tile_QD: Tensor, norm_Q: Tensor) -> bool:
-    on_grid = torch.equal((tile_QD * _GRID).round_().mul_(1 / _GRID), tile_QD)
+    on_grid = torch.equal(round_to_grid_(tile_QD.clone()), tile_QD)
     return on_grid and bool(((norm_Q - 1).abs() < 3e-7).all())
 
 

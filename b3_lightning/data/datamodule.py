@@ -44,7 +44,7 @@ Miner = Literal["teacher", "student"]
 class _Split:
     pairs: PairTable
     keys: dict[str, Tensor]
-    digests: dict[str, str]
+    contents: dict[str, list[tuple[str, str]]]
 
 
 class PairsDataModule(L.LightningDataModule):
@@ -118,8 +118,9 @@ class PairsDataModule(L.LightningDataModule):
                 raise ValueError(f"data.{name}_pairs is not set; give a pairs file, such as --data.{name}_pairs=FILE")
             pairs = load_pairs(sources)
             digests = check_images(pairs.image_paths(), self.image_root, how=self.image_check)
-            keys = {side: _content_keys(pairs, side, digests) for side in ("query", "target")}
-            self._splits[name] = _Split(pairs, keys, digests)
+            contents = {side: _contents(pairs, side, digests) for side in ("query", "target")}
+            keys = {side: _keys(contents[side]) for side in contents}
+            self._splits[name] = _Split(pairs, keys, contents)
         if "train" in splits:
             self._check_training()
 
@@ -314,7 +315,7 @@ class PairsDataModule(L.LightningDataModule):
         encoder = PairEncoder(
             train.pairs,
             self.image_root,
-            contents={side: _contents(train.pairs, side, train.digests) for side in ("query", "target")},
+            contents=train.contents,
             precision=str(trainer.precision),
             batch_size=self.eval_batch_size,
             num_workers=self.num_workers,
@@ -368,7 +369,7 @@ def _contents(pairs: PairTable, side: str, digests: dict[str, str]) -> list[tupl
     return [(item.text, digests[item.image] if item.image else "") for item in pairs.items(side)]
 
 
-def _content_keys(pairs: PairTable, side: str, digests: dict[str, str]) -> Tensor:
+def _keys(contents: list[tuple[str, str]]) -> Tensor:
     """(N,) int64: rows with equal text and image content share a key."""
     codes: dict[tuple[str, str], int] = {}
-    return torch.tensor([codes.setdefault(content, len(codes)) for content in _contents(pairs, side, digests)])
+    return torch.tensor([codes.setdefault(content, len(codes)) for content in contents])

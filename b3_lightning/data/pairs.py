@@ -134,9 +134,8 @@ def _read_columns(source: PairSource) -> dict[str, list[str]]:
     for name in COLUMNS:
         theirs = source.columns.get(name, name)
         present = theirs in table.column_names
-        if present and name == "group" and pa.types.is_integer(table[theirs].type):
-            table = table.set_column(table.column_names.index(theirs), theirs, table[theirs].cast(pa.string()))
-        read[name] = _strings(table, theirs, source.path) if present else [""] * table.num_rows
+        numbers = name == "group"
+        read[name] = _strings(table, theirs, source.path, numbers) if present else [""] * table.num_rows
     for side, pair in TEXT_AND_IMAGE.items():
         _check_side(side, pair, read, table.column_names, source)
     for column, prompt in (("qry", source.query_prompt), ("pos_text", source.target_prompt)):
@@ -145,8 +144,11 @@ def _read_columns(source: PairSource) -> dict[str, list[str]]:
     return read
 
 
-def _strings(table: pa.Table, column: str, path: str) -> list[str]:
+def _strings(table: pa.Table, column: str, path: str, numbers: bool) -> list[str]:
+    """The column's texts, null as the empty one; whole numbers as texts where ``numbers`` may stand too."""
     values = table[column]
+    if numbers and pa.types.is_integer(values.type):
+        values = values.cast(pa.string())
     if pa.types.is_null(values.type):
         return [""] * table.num_rows
     if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from b3_lightning.mining.cpu import InvertedLists
 from b3_lightning.mining.exact import missing_keys, order_keys, read_keys, score_candidates, to_grid
-from b3_lightning.mining.neighbors import Progress, TargetIndex, join_tiles, tiles
-from b3_lightning.mining.stages import Stage, Stages, Tensors
+from b3_lightning.mining.neighbors import Progress, TargetIndex, search_in_tiles, tiles
+from b3_lightning.mining.stages import Stage
 
 log = logging.getLogger(__name__)
 
@@ -86,17 +86,11 @@ def find_neighbors_approximately(
     search = _ListSearch(exact, exclude, n_lists or round(4 * math.sqrt(len(target_MD))), memory_budget_gib, generator)
     sample = torch.randperm(len(query_ND), generator=generator)[:n_sampled].sort().values
     n_probes, recall = _enough_probes(search, query_ND, sample, min_recall)
-    cut = list(tiles(len(query_ND)))
 
-    def compute(part: int) -> Tensors:
-        tile = cut[part]
-        ids_QW, scores_QW, _ = search.search(query_ND[tile], torch.arange(tile.start, tile.stop), n_probes)
-        if progress is not None:
-            progress("neighbours", tile.stop, len(query_ND))
-        return {"ids_QW": ids_QW, "scores_QW": scores_QW}
+    def search_tile(tile: slice) -> tuple[Tensor, Tensor]:
+        return search.search(query_ND[tile], torch.arange(tile.start, tile.stop), n_probes)[:2]
 
-    parts = (stage or Stages().stage("neighbours", "")).each(len(cut), compute)
-    ids_NW, scores_NW = join_tiles(parts, len(query_ND), n_neighbors, query_ND.device)
+    ids_NW, scores_NW = search_in_tiles(search_tile, query_ND, n_neighbors, stage, progress)
     return ApproximateNeighbors(ids_NW, scores_NW, recall, n_probes)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from b3_lightning.mining import cpu
+from b3_lightning.mining.groups import place_in_group
 from b3_lightning.mining.settings import CommunityAlgorithm
 from b3_lightning.types import PADDING, Clusters, Communities, Edges, Embeddings
 
@@ -83,9 +84,8 @@ def _first_of_each(cluster_R: Tensor, strength_R: Tensor, free_C: Tensor) -> Ten
     """(R,) bool: is the applicant among the ``free_C`` strongest of its cluster? Ties go to the earlier applicant."""
     by_strength = strength_R.argsort(descending=True, stable=True)
     order = by_strength[cluster_R[by_strength].argsort(stable=True)]
-    count_C = torch.bincount(cluster_R, minlength=len(free_C))
     place_R = torch.empty_like(cluster_R)
-    place_R[order] = torch.arange(len(order)) - (count_C.cumsum(0) - count_C).repeat_interleave(count_C)
+    place_R[order] = place_in_group(cluster_R[order], len(free_C))
     return place_R < free_C[cluster_R]
 
 
@@ -173,6 +173,5 @@ def _nearest(embeddings: Embeddings, row_P: Tensor, centroid_OD: Tensor) -> torc
 def _as_table(cluster_N: Tensor, capacity_C: Tensor, cluster_size: int) -> Clusters:
     ids_CK = torch.full((len(capacity_C), cluster_size), PADDING, dtype=torch.int64)
     order = cluster_N.argsort(stable=True)
-    place = torch.arange(len(order)) - (capacity_C.cumsum(0) - capacity_C)[cluster_N[order]]
-    ids_CK[cluster_N[order], place] = order
+    ids_CK[cluster_N[order], place_in_group(cluster_N[order], len(capacity_C))] = order
     return Clusters(ids_CK)

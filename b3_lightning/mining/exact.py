@@ -12,9 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from b3_lightning.types import PADDING, name_rows
+from b3_lightning.types import PADDING, name_rows, round_to_grid_
 
-GRID = 2.0**26
 MAX_NORM = 1.001
 """Above unit norm by more than rounding, partial sums could leave the range in which they are exact."""
 _CHUNK_ROWS = 8
@@ -24,8 +23,7 @@ _LAST_ID = 2**31 - 1
 
 def to_grid(vector_QD: Tensor) -> Tensor:
     """The vectors in float64, rounded to multiples of 2^-26."""
-    on_grid_QD: Tensor = (vector_QD.double() * GRID).round_().mul_(1 / GRID)
-    return on_grid_QD
+    return round_to_grid_(vector_QD.to(torch.float64, copy=True))
 
 
 def check_unit(side: str, vector_QD: Tensor, first_row: int) -> Tensor:
@@ -91,7 +89,7 @@ def score_candidates(
         torch.index_select(target_MD, 0, ids_QV[start:stop, :longest].flatten(), out=near[:size])
         wide[:size].copy_(near[:size])
         if not on_grid:
-            wide[:size].mul_(GRID).round_().mul_(1 / GRID)
+            round_to_grid_(wide[:size])
         found_qVD = wide[:size].view(stop - start, longest, n_dims)
         # the query on the left: the other order runs MKL's matrix-vector product, 5 times slower
         score_QV[start:stop, :longest] = torch.bmm(query_Q1D[start:stop], found_qVD.transpose(1, 2))[:, 0]

@@ -42,17 +42,18 @@ class Exclusions:
             query_keys: for every key pair the (Q,) int64 keys of the queries.
             column_of: the column of a target id; absent, columns are in the order of ids.
         """
+        columns = column_of or (lambda id_P: id_P - start)
         for sorted_keys, key_Q in zip(self._sorted, query_keys, strict=True):
             spans = sorted_keys.spans(key_Q, start, stop)
             large_Q = spans.count_Q > _LARGE
             for rows, id_G in sorted_keys.large_groups(spans, large_Q):
                 mask_C = torch.zeros(score_QC.shape[1], dtype=torch.bool, device=score_QC.device)
-                mask_C[id_G - start if column_of is None else column_of(id_G)] = True
+                mask_C[columns(id_G)] = True
                 for part in rows.split(_ROWS_AT_ONCE):
                     score_QC[part] = score_QC[part].masked_fill_(mask_C, -torch.inf)
             spans.count_Q.masked_fill_(large_Q, 0)
             for query_P, id_P in sorted_keys.pairs(spans):
-                score_QC[query_P, id_P - start if column_of is None else column_of(id_P)] = -torch.inf
+                score_QC[query_P, columns(id_P)] = -torch.inf
 
 
 class _Spans(NamedTuple):

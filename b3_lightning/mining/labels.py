@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from b3_lightning.mining.groups import place_in_group
 from b3_lightning.mining.neighbors import find_neighbors, positive_scores
 from b3_lightning.types import PADDING, Embeddings, Neighbors
 
@@ -71,7 +72,7 @@ class _Members:
         self._count_U = torch.bincount(label_N)
         self._start_U = self._count_U.cumsum(0) - self._count_U
         self._place_N = torch.empty_like(label_N)
-        self._place_N[self._row_N] = torch.arange(len(label_N)) - self._start_U[label_N[self._row_N]]
+        self._place_N[self._row_N] = place_in_group(label_N[self._row_N], len(self._count_U))
         self.first_U = self._row_N[self._start_U]
 
     def __len__(self) -> int:

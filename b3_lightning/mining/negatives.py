@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from b3_lightning.mining.groups import place_in_group
 from b3_lightning.mining.settings import MiningSettings
 from b3_lightning.types import PADDING, Clusters, Neighbors, Window
 
@@ -99,8 +100,7 @@ class _Group:
         order_P = (count_P.log() + noise_P).argsort(descending=True, stable=True)
         order_P = order_P[(code_P[order_P] // self._n_rows).argsort(stable=True)]
         group_P, row_P = code_P[order_P] // self._n_rows, code_P[order_P] % self._n_rows
-        count_G = torch.bincount(group_P, minlength=len(self._part_GK))
-        place_P = torch.arange(len(group_P)) - (count_G.cumsum(0) - count_G)[group_P]
+        place_P = place_in_group(group_P, len(self._part_GK))
         size_P = (self._part_GK != PADDING).sum(dim=1)[group_P]
         take_P = place_P < size_P * n_each
         dealt_GKH = torch.full((*self._part_GK.shape, n_each), PADDING, dtype=torch.int64)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,26 +76,34 @@ def find_neighbors(
         memory_budget_gib=memory_budget_gib,
         candidate_dtype=candidate_dtype,
     )
+
+    def search(tile: slice) -> tuple[Tensor, Tensor]:
+        return index.search(query_ND[tile], [query_key_N[tile] for query_key_N, _ in exclude])
+
+    return search_in_tiles(search, query_ND, n_neighbors, stage, progress)
+
+
+def search_in_tiles(
+    search: Callable[[slice], tuple[Tensor, Tensor]],
+    query_ND: Tensor,
+    n_neighbors: int,
+    stage: Stage | None,
+    progress: Progress | None,
+) -> tuple[Tensor, Tensor]:
+    """(N, W) ids and scores of all queries from those of each tile, which ``stage`` keeps and shares out."""
     n_rows = len(query_ND)
     cut = list(tiles(n_rows))
 
     def compute(part: int) -> Tensors:
-        tile = cut[part]
-        ids_QW, scores_QW = index.search(query_ND[tile], [query_key_N[tile] for query_key_N, _ in exclude])
+        ids_QW, scores_QW = search(cut[part])
         if progress is not None:
-            progress("neighbours", tile.stop, n_rows)
+            progress("neighbours", cut[part].stop, n_rows)
         return {"ids_QW": ids_QW, "scores_QW": scores_QW}
 
-    return join_tiles(
-        (stage or Stages().stage("neighbours", "")).each(len(cut), compute), n_rows, n_neighbors, query_ND.device
-    )
-
-
-def join_tiles(parts: Iterable[Tensors], n_rows: int, n_neighbors: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The tiles' results, in order, as one; each is dropped once it is copied."""
-    ids_NW = torch.full((n_rows, n_neighbors), PADDING, dtype=torch.int64, device=device)
-    scores_NW = torch.full((n_rows, n_neighbors), -torch.inf, device=device)
-    for tile, part in zip(tiles(n_rows), parts, strict=True):
+    ids_NW = torch.full((n_rows, n_neighbors), PADDING, dtype=torch.int64, device=query_ND.device)
+    scores_NW = torch.full((n_rows, n_neighbors), -torch.inf, device=query_ND.device)
+    parts = (stage or Stages().stage("neighbours", "")).each(len(cut), compute)
+    for tile, part in zip(cut, parts, strict=True):
         ids_NW[tile], scores_NW[tile] = part["ids_QW"], part["scores_QW"]
     return ids_NW, scores_NW
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from b3_lightning.mining.approximate import find_neighbors_approximately
-from b3_lightning.mining.batches import BatchPlan, random_clusters
+from b3_lightning.mining.batches import random_clusters
 from b3_lightning.mining.clusters import cut_clusters
 from b3_lightning.mining.communities import find_communities
 from b3_lightning.mining.edges import build_edges, window_arcs
@@ -85,13 +85,10 @@ def help_mine(
     *,
     settings: MiningSettings,
     stages: Stages,
-    target_keys: Values = None,
-    query_keys: Values = None,
-    groups: Values = None,
-    tasks: Values = None,
+    **values: Values,
 ) -> None:
-    """Do this process's share of what another one mines; arguments and errors as of ``mine``."""
-    rows = _Rows.check(query_ND, target_ND, settings, target_keys, query_keys, groups, tasks)
+    """Do this process's share of what another one mines; arguments (``values``: keys, groups, tasks) as of ``mine``."""
+    rows = _Rows.check(query_ND, target_ND, settings, **values)
     search = _Search(settings, stages, None)
     for task in rows.by_task():
         search.rank(task, choose_ranks(task.embeddings, task.keys[0], settings.of_task(task.name)))
@@ -122,10 +119,10 @@ class _Rows:
         query_ND: Any,
         target_ND: Any,
         settings: MiningSettings,
-        target_keys: Values,
-        query_keys: Values,
-        groups: Values,
-        tasks: Values,
+        target_keys: Values = None,
+        query_keys: Values = None,
+        groups: Values = None,
+        tasks: Values = None,
     ) -> _Rows:
         embeddings = Embeddings.from_arrays(query_ND, target_ND)
         n_rows = len(embeddings)
@@ -246,16 +243,10 @@ def _hardness(mined: MinedPlan, rows: _Rows, batch_size: int) -> dict[str, float
     """The same number of batches of the first epoch, mined and random, and the bound."""
     seed = mined.settings.seed
     hardness_of = partial(mean_hardness, rows.embeddings, rows.keys[0])
-    random = BatchPlan(
-        random_clusters(mined.n_rows),
-        batch_size=batch_size,
-        seed=seed,
-        task_N=mined.task_N,
-        task_names=mined.task_names,
-    )
+    random = replace(mined, clusters=random_clusters(mined.n_rows))
     return {
         "mined": hardness_of(mined.batches(batch_size=batch_size, seed=seed).epoch(0)),
-        "random": hardness_of(random.epoch(0)),
+        "random": hardness_of(random.batches(batch_size=batch_size, seed=seed).epoch(0)),
         "best": best_hardness(mined.neighbors, mined.window, batch_size),
         "batch_size": batch_size,
     }

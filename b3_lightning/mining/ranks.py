@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from b3_lightning.mining.neighbors import find_neighbors
+from b3_lightning.mining.neighbors import find_neighbors, positive_scores
 from b3_lightning.mining.settings import MiningSettings
 from b3_lightning.types import PADDING, Embeddings
 
@@ -94,7 +94,7 @@ def _evidence(
         pairs = zip(ids_SW.clamp(min=0), sample, strict=True)
         near_SW = torch.stack([vector_ND[ids_W] @ vector_ND[row] for ids_W, row in pairs])
         evidence_SW |= 1 - near_SW < _NEARLY_IDENTICAL * typical
-    beaten_SW = score_SW > (query_ND[sample] * target_ND[sample]).sum(dim=1, keepdim=True)
+    beaten_SW = score_SW > positive_scores(query_ND[sample], target_ND[sample])[:, None]
     reliable = bool(beaten_SW[:, 0].double().mean() < 0.5)
     if reliable:
         evidence_SW |= beaten_SW

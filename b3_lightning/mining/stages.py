@@ -2,7 +2,7 @@
 
 A stage lies in a folder named after its fingerprint: the content of all it depends on. So what is found there is
 valid, and anything that changes leads to another folder. Under several processes each computes its share of the parts
-into the folder, which all must see; then the first process reads them all.
+into the folder, which all must see, and then reads them all.
 """
 
 from __future__ import annotations

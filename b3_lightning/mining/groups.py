@@ -1,0 +1,12 @@
+"""Rows sorted by the group that they belong to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def place_in_group(group_P: Tensor, n_groups: int) -> Tensor:
+    """(P,) int64: 0, 1, 2, ... within each group; ``group_P`` must be ascending."""
+    count_G = torch.bincount(group_P, minlength=n_groups)
+    return torch.arange(len(group_P)) - (count_G.cumsum(0) - count_G)[group_P]
