@@ -24,7 +24,8 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from rich.console import Console
 from rich.table import Table
 
-from b3_lightning.callbacks import EmbeddingWriter, Export, Remine
+from b3_lightning.callbacks import EmbeddingWriter, Export, HardnessMonitor, Remine
+from b3_lightning.checkpoints import CheckedCheckpointIO, StepCheckpoint
 from b3_lightning.data import PairsDataModule
 from b3_lightning.data.glyphs import write_glyphs
 from b3_lightning.mining import MinedPlan
@@ -54,6 +55,9 @@ class RunSettings:
         group: of W&B; runs to be compared share one. Absent: the folder's name.
         tags: of W&B.
         wandb: ``auto`` is online where a key is set and offline elsewhere.
+        checkpoint_every_n_steps: write ``last.ckpt`` also after so many optimiser steps, and not at the end of an epoch
+            only; a killed run goes on from there with the batches that were left, to the same losses.
+        merge_adapter: export a LoRA model whole, with the adapter put into its weights, and not the adapter alone.
     """
 
     dir: str = "runs/default"
@@ -61,6 +65,8 @@ class RunSettings:
     group: str | None = None
     tags: list[str] = field(default_factory=list)
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    checkpoint_every_n_steps: int | None = None
+    merge_adapter: bool = False
 
     def is_offline(self) -> bool:
         """Does W&B stay on this machine?"""
@@ -102,11 +108,14 @@ class B3Trainer(L.Trainer):
         self.strategy.setup_environment()
         if datamodule.teacher == "student":
             model.configure_model()
-        mined = datamodule.mine(miner="teacher")
-        if mined is not None:
-            mined.save(output)
-            write_plan_report(mined, datamodule.pairs("train"), Path(output) / "report.md")
-        self.strategy.barrier("mined")
+            model.to(self.strategy.root_device)
+        processes = datamodule.processes()
+        with processes.failing_together():
+            mined = datamodule.mine()
+            if mined is not None:
+                mined.save(output)
+                write_plan_report(mined, datamodule.pairs("train"), Path(output) / "report.md")
+            processes.barrier()
         return mined
 
 
@@ -130,6 +139,7 @@ class B3CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(RunSettings, "run")
         parser.add_lightning_class_args(Remine, "remine")
+        parser.add_lightning_class_args(HardnessMonitor, "hardness")
 
     @property
     def run(self) -> RunSettings:
@@ -138,13 +148,19 @@ class B3CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         given = self._get(self.config_init, "trainer")
         kwargs.setdefault("default_root_dir", self.run.dir)
+        kwargs["plugins"] = [*_listed(given.get("plugins")), CheckedCheckpointIO()]
         if given.get("logger") is None:
             kwargs["logger"] = self._loggers()
         callbacks = list(given.get("callbacks") or [])
         if self.subcommand == "fit":
             if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
                 callbacks += self._checkpoints()
-            callbacks.append(Export(self.parser_dump()))
+            elif self.run.checkpoint_every_n_steps is not None:
+                raise ValueError(
+                    "run.checkpoint_every_n_steps is without effect where trainer.callbacks holds a ModelCheckpoint of "
+                    "your own: set every_n_train_steps there"
+                )
+            callbacks.append(Export(self.parser_dump(), self.run.merge_adapter))
         else:
             kwargs["enable_checkpointing"] = False
         if self.subcommand == "predict":
@@ -182,9 +198,12 @@ class B3CLI(LightningCLI):
     def _checkpoints(self) -> list[ModelCheckpoint]:
         """The best by validation, where there is one, and the last; a run that is interrupted leaves its last too."""
         folder = Path(self.run.dir) / "checkpoints"
-        last = ModelCheckpoint(dirpath=folder, filename="last", enable_version_counter=False, save_on_exception=True)
+        about: dict[str, Any] = {"dirpath": folder, "filename": "last", "enable_version_counter": False}
+        checkpoints = [ModelCheckpoint(**about, save_on_exception=True, save_on_train_epoch_end=True)]
+        if self.run.checkpoint_every_n_steps is not None:
+            checkpoints.append(StepCheckpoint(**about, every_n_train_steps=self.run.checkpoint_every_n_steps))
         if self._get(self.config, "data").get("val_pairs") is None:
-            return [last]
+            return checkpoints
         best = ModelCheckpoint(
             dirpath=folder,
             monitor="val/mrr",
@@ -193,7 +212,7 @@ class B3CLI(LightningCLI):
             auto_insert_metric_name=False,
             save_on_train_epoch_end=False,
         )
-        return [best, last]
+        return [best, *checkpoints]
 
     def before_fit(self) -> None:
         if self.trainer.is_global_zero:
@@ -233,6 +252,12 @@ class B3CLI(LightningCLI):
         if self.trainer.is_global_zero:
             output = self._get(self.config, "output")
             Console().print(f"plan and report: {output}\ntrain on it: --data.plan={output}")
+
+
+def _listed(given: Any) -> list[Any]:
+    if given is None:
+        return []
+    return list(given) if isinstance(given, list | tuple) else [given]
 
 
 def _print_outcome(trainer: L.Trainer, run: RunSettings) -> None:

@@ -6,9 +6,9 @@ M = batches of one epoch, B = global batch size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,10 +32,45 @@ def name_rows(rows: Sequence[int] | Tensor) -> str:
     return f"rows {shown}, ... ({len(listed)} in all)" if len(listed) > 5 else f"row(s) {shown}"
 
 
+Value = TypeVar("Value")
+
+
+def by_epoch(values: Mapping[int, Value], epoch: int, default: Value) -> Value:
+    """What holds in an epoch, where ``values`` says from which epoch on each value holds; ``default`` before the first.
+
+    Raises:
+        ValueError: where an epoch is negative.
+    """
+    if any(first < 0 for first in values):
+        raise ValueError(f"{dict(values)} names an epoch below 0; epochs count from 0")
+    begun = [first for first in values if first <= epoch]
+    return values[max(begun)] if begun else default
+
+
 def _check_dtype(owner: str, **tensors: tuple[Tensor, torch.dtype]) -> None:
     for name, (tensor, dtype) in tensors.items():
         if tensor.dtype != dtype:
             raise ValueError(f"{owner}.{name} is {tensor.dtype}; it must be {dtype}")
+
+
+@dataclass(frozen=True)
+class ChunkSettings:
+    """How a batch is cut for GradCache; each chunk is embedded on its own.
+
+    Args:
+        items: at most so many queries, targets or negatives in a chunk.
+        tokens: at most so many tokens, padding included; items are sorted by length, and one longer than this is a
+            chunk of its own. Costs preprocessing everything twice.
+    """
+
+    items: int | None = None
+    tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.items is None) == (self.tokens is None):
+            raise ValueError(f"chunks: items={self.items} and tokens={self.tokens}; give one of them")
+        if (self.items or self.tokens or 0) < 1:
+            raise ValueError(f"chunks: items={self.items} and tokens={self.tokens} must be above 0")
 
 
 @dataclass(frozen=True, slots=True)

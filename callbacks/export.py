@@ -7,11 +7,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from b3_lightning.checkpoints import CheckedCheckpointIO
 
 log = logging.getLogger(__name__)
+
+_MAGNITUDE = "lora_magnitude_vector"
 
 
 class Export(Callback):
@@ -19,24 +24,29 @@ class Export(Callback):
 
     Args:
         description: lines of the model card that say how the model was trained.
+        merge_adapter: put LoRA's weights into the model's own, so that the export loads without peft; else the adapter
+            alone is written, and the model it belongs to is named in it.
     """
 
-    def __init__(self, description: str = "") -> None:
-        self.description = description
+    def __init__(self, description: str = "", merge_adapter: bool = False) -> None:
+        self.description, self.merge_adapter = description, merge_adapter
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         best = _best_checkpoint(trainer)
         if best is not None:
-            checkpoint = torch.load(best, map_location="cpu", weights_only=True)
-            # a checkpoint under LoRA holds what was trained only, so the rest stays as it is
-            pl_module.load_state_dict(checkpoint["state_dict"], strict=False)
+            checkpoint = CheckedCheckpointIO().load_checkpoint(best)
+            pl_module.on_load_checkpoint(checkpoint)
+            pl_module.load_state_dict(checkpoint["state_dict"])
         folder = Path(trainer.default_root_dir) / "export"
         temporary = folder.with_name(".export.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         embedder: Any = pl_module.embedder
+        if self.merge_adapter:
+            merge_adapters(embedder)
         embedder.save_pretrained(str(temporary), create_model_card=False)
+        _name_dora_weights(temporary)
         (temporary / "README.md").write_text(self._card(trainer, best), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
@@ -59,6 +69,32 @@ class Export(Callback):
             f"## Training\n\n```yaml\n{self.description.strip()}\n```\n\n"
             f"## Last validation\n\n| metric | value |\n|---|---|\n{metrics}\n"
         )
+
+
+def merge_adapters(embedder: nn.Module) -> None:
+    """Add every LoRA layer's product to the weights beneath it, and take the layer away."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(embedder.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(embedder.get_submodule(parent), child, module.get_base_layer())
+    for module in embedder.modules():
+        if getattr(module, "_hf_peft_config_loaded", False):
+            vars(module)["_hf_peft_config_loaded"] = False
+            vars(module).pop("peft_config")
+
+
+def _name_dora_weights(folder: Path) -> None:
+    """Name DoRA's magnitudes as transformers looks for them.
+
+    peft writes them without the ending and reads both; transformers (5.23) would start them anew, saying so in passing.
+    """
+    for path in folder.rglob("adapter_model.safetensors"):
+        weights = load_file(path)
+        named = {f"{name}.weight" if name.endswith(_MAGNITUDE) else name: value for name, value in weights.items()}
+        save_file(named, path, metadata={"format": "pt"})
 
 
 def _best_checkpoint(trainer: Trainer) -> str | None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from b3_lightning.data import PairsDataModule
+from b3_lightning.data import PairsDataModule, datamodule_of
+from b3_lightning.data.miner import Miner, MiningRequest
 from b3_lightning.mining import MinedPlan
-from b3_lightning.types import Edges
+from b3_lightning.types import Edges, by_epoch
+
+log = logging.getLogger(__name__)
 
 
 class Remine(Callback):
@@ -21,6 +26,11 @@ class Remine(Callback):
         every_n_epochs: counted from ``start_epoch``.
         start_epoch: the first epoch that trains on re-mined batches.
         miner: whose vectors rank negatives.
+        teacher_weight: epoch -> the teacher's share of the cosines that the student mines with from then on, such as
+            ``{1: 0.5, 3: 0.0}``; 0 before the first.
+        first_rank: epoch -> ``data.mining.first_rank`` from then on, such as ``{1: 50, 3: 20}``; before the first as
+            set there.
+        on_error: ``stop`` the run where mining fails, or ``keep`` the plan in use, warn, and log ``mining/failed``.
     """
 
     def __init__(
@@ -28,13 +38,29 @@ class Remine(Callback):
         enabled: bool = False,
         every_n_epochs: int = 1,
         start_epoch: int = 1,
-        miner: Literal["student", "teacher"] = "student",
+        miner: Miner = "student",
+        teacher_weight: dict[int, float] | None = None,
+        first_rank: dict[int, int] | None = None,
+        on_error: Literal["stop", "keep"] = "stop",
     ) -> None:
         if every_n_epochs < 1 or start_epoch < 1:
             raise ValueError(
                 f"remine.every_n_epochs={every_n_epochs} and remine.start_epoch={start_epoch} must be at least 1"
             )
         self.enabled, self.every_n_epochs, self.start_epoch, self.miner = enabled, every_n_epochs, start_epoch, miner
+        self.teacher_weight, self.first_rank, self.on_error = teacher_weight or {}, first_rank or {}, on_error
+        wrong = [weight for weight in self.teacher_weight.values() if not 0 <= weight <= 1]
+        if wrong or any(rank < 0 for rank in self.first_rank.values()):
+            raise ValueError(
+                f"remine.teacher_weight={self.teacher_weight} must lie between 0 and 1, and "
+                f"remine.first_rank={self.first_rank} must not be negative"
+            )
+
+    def request(self, epoch: int) -> MiningRequest:
+        """What is mined with in an epoch."""
+        return MiningRequest(
+            self.miner, by_epoch(self.teacher_weight, epoch, 0.0), by_epoch(dict(self.first_rank), epoch, None)
+        )
 
     def should_remine(self, epoch: int) -> bool:
         """Is a new plan mined before this epoch?"""
@@ -43,7 +69,7 @@ class Remine(Callback):
     def check(self, data: PairsDataModule, trainer: Trainer) -> None:
         """Refuse settings under which re-mining would be without effect, or a student would never mine."""
         reload: int = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
-        if data.batches == "b3" and reload != 1:
+        if reload != 1:
             raise ValueError(
                 f"trainer.reload_dataloaders_every_n_epochs={reload} would train "
                 "later epochs on the batches of the first; set it to 1"
@@ -53,26 +79,49 @@ class Remine(Callback):
                 "data.teacher=student mines with the model in training, so it needs remine.enabled=true; "
                 "or name another teacher, or set data.batches=random"
             )
+        if not self.enabled and (self.teacher_weight or self.first_rank):
+            raise ValueError(
+                "remine.teacher_weight and remine.first_rank are without effect without remine.enabled=true"
+            )
+        if self.teacher_weight and (data.teacher == "student" or self.miner == "teacher"):
+            raise ValueError(
+                f"remine.teacher_weight={self.teacher_weight} mixes a teacher into the student's ranks: it needs "
+                "remine.miner=student and a data.teacher other than student"
+            )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        data = _datamodule(trainer)
-        if stage != "fit" or data.batches != "b3":
+        data = datamodule_of(trainer)
+        if stage != "fit":
             return
         self.check(data, trainer)
+        if data.batches != "b3":
+            return
+        for first_rank in self.first_rank.values():
+            replace(data.mining, first_rank=first_rank).check_fits(len(data.pairs("train")))
         # asked when an epoch's loader is built: on_train_epoch_start is too late, and on_train_epoch_end is not called
         # again for a run that is resumed from the end of an epoch
         data.before_epoch = [partial(self._remine_if_due, trainer)]
         data.after_mining = [partial(log_plan, trainer)]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        data = _datamodule(trainer)
+        data = datamodule_of(trainer)
         data.before_epoch, data.after_mining = [], []
 
     def _remine_if_due(self, trainer: Trainer, epoch: int) -> None:
-        data = _datamodule(trainer)
-        if not self.should_remine(epoch) or data.plan_epoch == epoch:
+        if not self.should_remine(epoch):
             return
-        data.remine(epoch, miner=self.miner)
+        data = datamodule_of(trainer)
+        try:
+            plan = data.new_plan(epoch, self.request(epoch))
+        except Exception as error:  # whatever it was, the processes agree on it, and the plan in use is whole
+            if self.on_error == "stop" or data.mined is None:
+                raise
+            log.warning("epoch %d: mining failed, so the plan in use is kept: %s", epoch, error)
+            for logger in trainer.loggers:
+                logger.log_metrics({"mining/failed": 1.0, "epoch": float(epoch)}, step=trainer.global_step)
+            return
+        if plan is not None:
+            data.take_over(plan, epoch)
 
 
 def log_plan(trainer: Trainer, before: MinedPlan | None, after: MinedPlan, epoch: int, seconds: float) -> None:
@@ -107,10 +156,3 @@ def _edge_codes(edges: Edges) -> torch.Tensor:
 def _n_pairs(label_N: torch.Tensor) -> float:
     count = label_N.unique(return_counts=True)[1].double()
     return float((count * (count - 1) / 2).sum())
-
-
-def _datamodule(trainer: Trainer) -> PairsDataModule:
-    data: object = trainer.datamodule  # type: ignore[attr-defined]
-    if not isinstance(data, PairsDataModule):
-        raise TypeError(f"Remine needs a PairsDataModule, not {type(data).__name__}")
-    return data

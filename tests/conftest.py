@@ -10,6 +10,7 @@ os.environ["WANDB_SILENT"] = "true"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -62,8 +63,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Tiny models on disk by family."""
     makers: dict[str, Callable[[Path], str]] = {
         "bert": tiny_models.bert,
+        "bert_without_dropout": partial(tiny_models.bert, dropout=0.0),
         "clip": tiny_models.clip,
+        "siglip": tiny_models.siglip,
         "qwen2_vl": tiny_models.qwen2_vl,
+        "qwen2_5_vl": tiny_models.qwen2_5_vl,
+        "qwen3_vl": tiny_models.qwen3_vl,
+        "internvl": tiny_models.internvl,
     }
     return {name: make(tmp_path_factory.mktemp(name)) for name, make in makers.items()}
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from b3_lightning.data.sampler import EpochBatches
 from b3_lightning.mining import BatchPlan, MiningSettings, mine, random_clusters
-from b3_lightning.model.loss import same_key
+from b3_lightning.model.loss import Rows, same_key
 from b3_lightning.types import Clusters
 
 
@@ -54,7 +54,8 @@ def test_rows_with_one_target_or_one_query_meet_only_masked(
     chosen = MiningSettings(first_rank=1, n_ranks=6, cluster_size=4, seed=seed)
     plan = mine(query, target, settings=chosen, target_keys=target_key).batches(batch_size=8, seed=seed)
     for ids_B in plan.epoch(0):
-        ignored = same_key(query_key[ids_B], query_key[ids_B], target_key[ids_B], target_key[ids_B])
+        rows = Rows(ids_B, query_key[ids_B], target_key[ids_B])
+        ignored = same_key(rows, rows)
         for a, b in itertools.product(range(8), repeat=2):
             same = target_key[ids_B[a]] == target_key[ids_B[b]] or query_key[ids_B[a]] == query_key[ids_B[b]]
             assert bool(ignored[a, b]) == bool(same)

@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run
+from peft import PeftModel
 from PIL import Image
 from sentence_transformers import SentenceTransformer
+from transformers import Qwen2VLModel
 
 from b3_lightning.cli import main
 from b3_lightning.data.collate import prepare
 from b3_lightning.data.pairs import Item
 from b3_lightning.mining import MinedPlan
-from b3_lightning.model.embedder import LoadSettings, load_embedder
+from b3_lightning.model.embedder import LoadSettings, LoraSettings, load_embedder
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -35,13 +37,17 @@ def _rows(run: Path) -> list[dict[str, str]]:
         ("text-text", "bert"),
         ("image-text", "clip"),
         ("text-image", "clip"),
+        ("image-text", "siglip"),
         ("both-image", "qwen2_vl"),
+        ("both-image", "qwen2_5_vl"),
+        ("both-image", "qwen3_vl"),
+        ("both-image", "internvl"),
     ],
 )
 def test_fit_mines_with_a_teacher_trains_validates_and_exports(
     kind: str, model: str, fit: Run, models: dict[str, str]
 ) -> None:
-    extra = ["--model.load.pooling=lasttoken"] if model == "qwen2_vl" else []
+    extra = ["--model.load.pooling=lasttoken"] if model.endswith("vl") else []
     path = models[model]
     run = fit(kind, f"--model.embedder={path}", f"--data.teacher={path}", *extra)
     assert (run / "config.yaml").is_file()
@@ -70,11 +76,39 @@ def test_the_7b_config_trains_a_tiny_qwen2_vl_with_lora(fit: Run, models: dict[s
         "--trainer.strategy=auto",
         "--trainer.max_steps=3",
         "--model.load.max_pixels=12544",
+        "--model.chunks.items=3",
         config=CONFIGS / "b3_7b.yaml",
     )
     assert SentenceTransformer(str(run / "export"), device="cpu").encode(["x"]).shape == (1, 32)
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert any("lora_A" in name for name in checkpoint["state_dict"])
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # inside peft
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_adapter_is_exported_alone_or_merged(merged: bool, fit: Run, models: dict[str, str]) -> None:
+    run = fit(
+        "text-text", f"--model.embedder={models['qwen2_vl']}", "--model.load.pooling=lasttoken",
+        "--model.lora={r: 2, dropout: 0.0}", "--model.optim={learning_rate: 0.05, warmup_frac: 0.0}",
+        "--data.batches=random", "--trainer.max_epochs=1", f"--run.merge_adapter={merged}",
+    )  # fmt: skip
+    names = {path.name for path in (run / "export").rglob("*.safetensors")}
+    assert names == ({"model.safetensors"} if merged else {"adapter_model.safetensors"})
+    plain = load_embedder(models["qwen2_vl"], LoadSettings(pooling="lasttoken"), LoraSettings(r=2, dropout=0.0))
+    before = plain.encode(["a red circle"])
+    weights = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    trained = {name.removeprefix("model."): value for name, value in weights.items()}
+    missing = plain.load_state_dict(trained, strict=False)
+    assert not missing.unexpected_keys
+    found = SentenceTransformer(str(run / "export"), device="cpu").encode(["a red circle"])
+    assert np.allclose(found, plain.encode(["a red circle"]), atol=1e-5)
+    assert not np.allclose(found, before, atol=1e-3)
+    if not merged:  # peft reads the adapter too
+        base = PeftModel.from_pretrained(Qwen2VLModel.from_pretrained(models["qwen2_vl"]), run / "export")
+        values = {name.split("model.", 2)[-1]: value for name, value in base.state_dict().items() if "lora_" in name}
+        expected = {name.split("model.", 2)[-1]: value for name, value in trained.items() if "lora_" in name}
+        assert values.keys() == expected.keys()
+        assert all(torch.equal(values[name], expected[name]) for name in values)
 
 
 def test_the_student_mines_for_itself_and_logs_what_changed(fit: Run) -> None:
@@ -163,6 +197,8 @@ def test_pixel_limits_bound_an_image(models: dict[str, str]) -> None:
     assert patches[8] <= 8 * 4 < patches[32] <= 32 * 4
     with pytest.raises(ValueError, match="give both or neither"):
         LoadSettings(max_pixels=100)
+    with pytest.raises(ValueError, match="for Qwen2-VL and its kin"):
+        load_embedder(models["clip"], LoadSettings(min_pixels=100, max_pixels=200), None)
 
 
 def test_predict_writes_vectors_that_serve_as_teacher(

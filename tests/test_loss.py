@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import socket
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
+from torch import Tensor
 from torch.nn import functional as F
 
-from b3_lightning.model.loss import gather_rows, info_nce, same_key
+from b3_lightning.model.loss import (
+    Direction,
+    LossSettings,
+    Rows,
+    Temperature,
+    contrastive_loss,
+    ignored_columns,
+    info_nce,
+    listed,
+    same_key,
+)
 
 
 def unit(n_rows: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -39,61 +44,125 @@ def test_values_with_and_without_masks(temperature: float) -> None:
     nothing = torch.zeros(5, 5, dtype=torch.bool)
     some = torch.rand(5, 5, generator=torch.Generator().manual_seed(2)) < 0.4
     for ignore in (nothing, some, ~nothing):
-        found = info_nce(query, target, temperature=temperature, ignore_BG=ignore)
+        found = info_nce(query @ target.T, temperature=temperature, ignore_BC=ignore)
         assert float(found) == pytest.approx(reference(query, target, temperature, ignore), rel=1e-9, abs=1e-12)
 
 
 def test_everything_but_the_positive_masked_costs_nothing() -> None:
     query, target = unit(4, 0), unit(4, 1)
-    assert float(info_nce(query, target, temperature=0.1, ignore_BG=torch.ones(4, 4, dtype=torch.bool))) == 0
+    assert float(info_nce(query @ target.T, temperature=0.1, ignore_BC=torch.ones(4, 4, dtype=torch.bool))) == 0
 
 
-def test_equal_to_sentence_transformers(models: dict[str, str]) -> None:
+NEGATIVES = ["square", "triangle", "a word"]
+
+
+@pytest.mark.parametrize("negatives", [False, True])
+@pytest.mark.parametrize(("symmetric", "hardness"), [(False, 0.0), (False, 4.0), (True, 0.0)])
+def test_equal_to_sentence_transformers(
+    models: dict[str, str], symmetric: bool, negatives: bool, hardness: float
+) -> None:
     model = SentenceTransformer(models["bert"], device="cpu").eval()
-    texts = [["a red circle", "the blue bar", "0123"], ["circle", "bar", "digits"]]
+    texts = [["a red circle", "the blue bar", "0123"], ["circle", "bar", "digits"], *([NEGATIVES] if negatives else [])]
+    theirs = MultipleNegativesRankingLoss(
+        model,
+        scale=20.0,
+        directions=("query_to_doc", "doc_to_query") if symmetric else ("query_to_doc",),
+        partition_mode="per_direction" if symmetric else "joint",
+        hardness_mode="all_negatives" if hardness else None,
+        hardness_strength=hardness,
+    )
     with torch.no_grad():
-        theirs = MultipleNegativesRankingLoss(model, scale=20.0)([model.preprocess(side) for side in texts], None)
-        query, target = (F.normalize(model(model.preprocess(side))["sentence_embedding"], dim=1) for side in texts)
-    assert float(info_nce(query, target, temperature=0.05)) == pytest.approx(float(theirs), rel=1e-5)
+        expected = theirs([model.preprocess(side) for side in texts], None)
+        query, *columns = (F.normalize(model(model.preprocess(side))["sentence_embedding"], dim=1) for side in texts)
+    column = torch.cat(columns)
+    directions = [Direction(query, column, torch.zeros(3, len(column), dtype=torch.bool))]
+    if symmetric:
+        directions.append(Direction(columns[0], query, torch.zeros(3, 3, dtype=torch.bool)))
+    settings = LossSettings(hardness=hardness)
+    found = contrastive_loss(directions, settings=settings, temperature=0.05, first_row=0)
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_matryoshka_is_the_mean_over_widths() -> None:
+    query, target = unit(5, 0), unit(5, 1)
+    nothing = torch.zeros(5, 5, dtype=torch.bool)
+    found = contrastive_loss(
+        [Direction(query, target, nothing)],
+        settings=LossSettings(matryoshka_dims=[2, 4]),
+        temperature=0.1,
+        first_row=0,
+    )
+    parts = [(F.normalize(query[:, :width], dim=1), F.normalize(target[:, :width], dim=1)) for width in (2, 4, 6)]
+    expected = sum(reference(*part, 0.1, nothing) for part in parts) / 3
+    assert float(found) == pytest.approx(expected, rel=1e-9)
 
 
 def test_keys_mark_equal_targets_and_other_positives_of_a_query() -> None:
-    query_key, target_key = torch.tensor([0, 1, 0]), torch.tensor([5, 5, 6])
-    found = same_key(query_key, query_key, target_key, target_key)
-    assert found.tolist() == [[True, True, True], [True, True, False], [True, False, True]]
+    rows = Rows(torch.arange(3), torch.tensor([0, 1, 0]), torch.tensor([5, 5, 6]))
+    assert same_key(rows, rows).tolist() == [[True, True, True], [True, True, False], [True, False, True]]
 
 
-def _loss(model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, rank: int) -> Tensor:
-    query, target = F.normalize(model(x), dim=1), F.normalize(model(y), dim=1)
-    key_G = gather_rows(keys)
-    ignore = same_key(torch.arange(len(x)) + rank * len(x), torch.arange(len(key_G)), keys, key_G)
-    return info_nce(query, gather_rows(target), temperature=0.1, first_row=rank * len(x), ignore_BG=ignore)
+def test_listed_rows_are_found_in_every_column_that_holds_them() -> None:
+    columns = Rows(torch.tensor([4, 7, 9, 7, -1]), *(torch.arange(5),) * 2)
+    masked = torch.tensor([[7, -1], [9, 4], [-1, -1], [3, 8]])
+    assert listed(masked, columns).tolist() == [
+        [False, True, False, True, False],
+        [True, False, True, False, False],
+        [False] * 5,
+        [False] * 5,
+    ]
 
 
-def _model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+@pytest.mark.parametrize("seed", range(5))
+def test_listed_equals_a_plain_comparison(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(-1, 12, (9,), generator=generator)
+    masked = torch.randint(-1, 12, (6, 4), generator=generator)
+    expected = ((masked[:, :, None] == ids) & (masked[:, :, None] >= 0)).any(dim=1)
+    assert torch.equal(listed(masked, Rows(ids, ids, ids)), expected)
 
 
-def _worker(rank: int, world_size: int, port: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    model = nn.parallel.DistributedDataParallel(_model())
-    x, y, keys = (part.chunk(world_size)[rank] for part in (unit(12, 0), unit(12, 1), torch.arange(12) // 2))
-    _loss(model, x, y, keys, rank).backward()
-    if rank == 0:
-        torch.save([parameter.grad for parameter in model.parameters()], Path(folder) / "gradient.pt")
-    dist.destroy_process_group()
+def test_what_is_ignored_and_never_the_positive() -> None:
+    score = torch.tensor([[0.5, 0.7, 0.55, 0.1], [0.2, 0.3, 0.9, 0.1]])
+    rows = Rows(torch.tensor([10, 11]), torch.tensor([0, 1]), torch.tensor([0, 1]))
+    columns = Rows(torch.tensor([10, 11, 12, -1]), torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 1, 2]))
+    masked = torch.tensor([[11], [11]])
+
+    def ignored(**settings: object) -> list[list[bool]]:
+        chosen = LossSettings(**{"mask_same": False, "mask_planned": False} | settings)  # type: ignore[arg-type]
+        return ignored_columns(score, rows, columns, masked, chosen, 0).tolist()
+
+    assert ignored() == [[False, False, False, True], [False, False, False, True]]  # an empty place is no negative
+    assert ignored(mask_same=True) == [[False, False, False, True], [False, False, True, True]]
+    assert ignored(mask_planned=True) == [[False, True, False, True], [False, False, False, True]]
+    assert ignored(mask_margin=0.1) == [[False, True, False, True], [False, False, True, True]]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_gradients_over_processes_equal_those_of_the_whole_batch(world_size: int, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn(_worker, (world_size, port, str(tmp_path)), nprocs=world_size)
-    model = _model()
-    _loss(model, unit(12, 0), unit(12, 1), torch.arange(12) // 2, 0).backward()
-    found = torch.load(tmp_path / "gradient.pt", weights_only=True)
-    for expected, gradient in zip(model.parameters(), found, strict=True):
-        assert expected.grad is not None
-        assert torch.allclose(expected.grad, gradient, atol=1e-10, rtol=0)
+def test_a_learned_temperature_moves_within_its_range() -> None:
+    settings = LossSettings(temperature=0.1, learn_temperature="per_task", temperature_range=(0.05, 0.2))
+    temperature = Temperature(settings, n_tasks=2)
+    assert [float(torch.as_tensor(temperature(task)).detach()) for task in (0, 1, None)] == pytest.approx([0.1] * 3)
+    loss = info_nce(unit(4, 0, torch.float32) @ unit(4, 1, torch.float32).T, temperature=temperature(1))
+    loss.backward()
+    gradient = temperature.log_scale_T.grad
+    assert gradient is not None
+    assert gradient[0] == 0
+    assert gradient[1] != 0
+    with torch.no_grad():
+        temperature.log_scale_T.copy_(torch.tensor([5.0, -5.0]))
+    temperature.keep_in_range()
+    assert [float(torch.as_tensor(temperature(task)).detach()) for task in (0, 1)] == pytest.approx([0.05, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+        ({"temperature": 0.9, "learn_temperature": "global"}, "outside temperature_range"),
+        ({"hardness": -1.0}, "hardness=-1.0"),
+        ({"matryoshka_dims": [0]}, "matryoshka_dims"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LossSettings(**settings)  # type: ignore[arg-type]

@@ -12,7 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from b3_lightning.data.images import load_image
-from b3_lightning.data.pairs import Item, Modality, PairTable, modality_of
+from b3_lightning.data.pairs import Item, Modality, modality_of
+from b3_lightning.data.splits import Split
+from b3_lightning.mining import MinedPlan
+from b3_lightning.types import PADDING, ChunkSettings
 
 Preprocess = Callable[[Sequence[Any]], dict[str, Any]]
 """``SentenceTransformer.preprocess``: texts, images or dicts of both -> tensors."""
@@ -37,15 +40,43 @@ class Features(NamedTuple):
     tensors: dict[str, Any]
 
 
-def prepare(items: Sequence[Item], image_root: Path, preprocess: Preprocess) -> list[Features]:
-    """Load and preprocess items; texts, images and both go separately, since a model takes one kind at a time."""
+def prepare(
+    items: Sequence[Item], image_root: Path, preprocess: Preprocess, chunks: ChunkSettings | None = None
+) -> list[Features]:
+    """Load and preprocess items; texts, images and both go separately, since a model takes one kind at a time.
+
+    With ``chunks``, each kind is cut further, items of like length together.
+    """
     kinds: dict[Modality, list[int]] = {}
     for position, item in enumerate(items):
         kinds.setdefault(modality_of(item), []).append(position)
-    return [
-        Features(torch.tensor(positions), preprocess([model_input(items[i], image_root) for i in positions]))
-        for positions in kinds.values()
-    ]
+    found = []
+    for positions in kinds.values():
+        inputs = {position: model_input(items[position], image_root) for position in positions}
+        if chunks is None:
+            parts = [positions]
+        elif chunks.items is not None:
+            by_length = sorted(positions, key=lambda position: -len(items[position].text))
+            parts = [by_length[start : start + chunks.items] for start in range(0, len(by_length), chunks.items)]
+        else:
+            assert chunks.tokens is not None
+            parts = _by_tokens(positions, preprocess(list(inputs.values())), chunks.tokens)
+        for part in parts:
+            found.append(Features(torch.tensor(part), preprocess([inputs[position] for position in part])))
+    return found
+
+
+def _by_tokens(positions: Sequence[int], tensors: Mapping[str, Any], n_tokens: int) -> list[list[int]]:
+    """Positions, longest first, in parts whose items times longest item is at most ``n_tokens``."""
+    if "attention_mask" not in tensors or len(tensors["attention_mask"]) != len(positions):
+        raise ValueError("model.chunks.tokens needs a model that counts tokens of every item; set model.chunks.items")
+    lengths = dict(zip(positions, tensors["attention_mask"].sum(dim=1).tolist(), strict=True))
+    parts: list[list[int]] = []
+    for position in sorted(positions, key=lambda position: -lengths[position]):
+        if not parts or lengths[parts[-1][0]] * (len(parts[-1]) + 1) > n_tokens:
+            parts.append([])
+        parts[-1].append(position)
+    return parts
 
 
 class PairDataset(Dataset[int]):
@@ -61,21 +92,85 @@ class PairDataset(Dataset[int]):
         return row
 
 
-class PairCollator:
-    """Turn row ids into ``{"query", "target", "row_B", "query_key_B", "target_key_B"}``."""
+class Place(NamedTuple):
+    """One hard negative: what it is, the row whose target it is (any above all rows for one of a file), its keys."""
 
-    def __init__(self, pairs: PairTable, keys: Mapping[str, Tensor], image_root: Path, preprocess: Preprocess) -> None:
-        self.items = {side: pairs.items(side) for side in ("query", "target")}
-        self.keys, self.image_root, self.preprocess = keys, image_root, preprocess
+    item: Item
+    row: int
+    query_key: int
+    target_key: int
+
+
+class PairCollator:
+    """Turn row ids into a batch.
+
+    A batch is ``{"query", "target", "row_B", "query_key_B", "target_key_B", "task"}``; with hard negatives ``negative``
+    and their rows and keys too (``negative_row_N``, -1 where one is lacking), and, of any plan, ``masked_BM``: the ids
+    of rows whose targets are likely right for a row, padded with -1.
+
+    Args:
+        split: the rows.
+        chunks: cuts what is preprocessed together.
+        mined: the plan in use, with its hard negatives and masks.
+        n_file_negatives: how many of a row's hard negatives in the pairs file are used.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        image_root: Path,
+        preprocess: Preprocess,
+        *,
+        chunks: ChunkSettings | None = None,
+        mined: MinedPlan | None = None,
+        n_file_negatives: int = 0,
+    ) -> None:
+        self.items = {side: split.pairs.items(side) for side in ("query", "target")}
+        self.task_of = {name: task for task, name in enumerate(split.pairs.task_weights)}
+        self.split, self.image_root, self.preprocess = split, image_root, preprocess
+        self.chunks, self.mined, self.n_file_negatives = chunks, mined, n_file_negatives
 
     def __call__(self, rows: Sequence[int]) -> dict[str, Any]:
         row_B = torch.tensor(rows)
         batch: dict[str, Any] = {
-            side: prepare([items[row] for row in rows], self.image_root, self.preprocess)
-            for side, items in self.items.items()
+            side: self._features([items[row] for row in rows]) for side, items in self.items.items()
         }
-        keys = {f"{side}_key_B": key_N[row_B] for side, key_N in self.keys.items()}
-        return batch | keys | {"row_B": row_B}
+        batch |= {f"{side}_key_B": key_N[row_B] for side, key_N in self.split.keys.items()}
+        batch |= {"row_B": row_B, "task": self.task_of[self.split.pairs.tasks[rows[0]]]}
+        places = self._file_places(rows)
+        if self.mined is not None:
+            batch["masked_BM"] = self.mined.masked_ids(row_B)
+            places += self._mined_places(self.mined.negative_NH[row_B].flatten().tolist())
+        return batch | self._negatives(places) if places else batch
+
+    def _features(self, items: Sequence[Item]) -> list[Features]:
+        return prepare(items, self.image_root, self.preprocess, self.chunks)
+
+    def _mined_places(self, rows: Sequence[int]) -> list[Place | None]:
+        key = self.split.keys
+        return [
+            None if row == PADDING
+            else Place(self.items["target"][row], row, int(key["query"][row]), int(key["target"][row]))
+            for row in rows
+        ]  # fmt: skip
+
+    def _file_places(self, rows: Sequence[int]) -> list[Place | None]:
+        places: list[Place | None] = []
+        for row in rows:
+            items, keys = self.split.pairs.negatives[row], self.split.negative_keys[row]
+            own = [Place(item, len(self.split.pairs), -1, key) for item, key in zip(items, keys, strict=True)]
+            own = own[: self.n_file_negatives]
+            places += [*own, *[None] * (self.n_file_negatives - len(own))]
+        return places
+
+    def _negatives(self, places: Sequence[Place | None]) -> dict[str, Any]:
+        """A lacking negative has a place and no vector, since every process must gather alike."""
+        there_P = torch.tensor([index for index, place in enumerate(places) if place is not None], dtype=torch.int64)
+        features = self._features([place.item for place in places if place is not None])
+        placed = [Features(there_P[part.position_P], part.tensors) for part in features]
+        about = torch.tensor([[PADDING] * 3 if place is None else place[1:] for place in places])
+        names = ("negative_row_N", "negative_query_key_N", "negative_target_key_N")
+        return {"negative": placed, **dict(zip(names, about.unbind(1), strict=True))}
 
 
 class ItemCollator:

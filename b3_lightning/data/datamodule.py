@@ -3,48 +3,26 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from b3_lightning.data.collate import PairCollator, PairDataset
-from b3_lightning.data.images import ImageCheck, check_images
-from b3_lightning.data.pairs import TEXT_AND_IMAGE, Modality, PairSource, PairTable, load_pairs, modality_of
-from b3_lightning.data.sampler import EpochBatches
-from b3_lightning.data.teacher import VECTOR_SUFFIXES, PairEncoder, check_vectors, student_embed, teacher_embed
-from b3_lightning.mining import (
-    BatchPlan,
-    MinedPlan,
-    MiningSettings,
-    Processes,
-    Stages,
-    help_mine,
-    mine,
-    random_clusters,
-)
+from b3_lightning.data.images import ImageCheck
+from b3_lightning.data.miner import MiningRequest, NewPlan, PairMiner
+from b3_lightning.data.pairs import Modality, PairTable
+from b3_lightning.data.sampler import EpochBatches, EpochLoader
+from b3_lightning.data.splits import Sources, Split
+from b3_lightning.data.teacher import VECTOR_SUFFIXES, check_vectors
+from b3_lightning.mining import BatchPlan, MinedPlan, MiningSettings, Processes, random_clusters
 from b3_lightning.mining.batches import check_batch_size
-from b3_lightning.progress import StageProgress
-from b3_lightning.types import Embeddings
+from b3_lightning.mining.store import sha256
 
 log = logging.getLogger(__name__)
-
-Sources = str | PairSource | list[str | PairSource]
-Miner = Literal["teacher", "student"]
-
-
-@dataclass(frozen=True)
-class _Split:
-    pairs: PairTable
-    keys: dict[str, Tensor]
-    contents: dict[str, list[tuple[str, str]]]
 
 
 class PairsDataModule(L.LightningDataModule):
@@ -62,6 +40,10 @@ class PairsDataModule(L.LightningDataModule):
             ``student``: the model in training, whose first epochs then run on random batches.
         plan: folder of a plan mined before; nothing is mined at the start then.
         mining: rank window, cluster size, algorithms.
+        mined_frac: epoch -> the share of clusters that is kept from then on, the others' rows being dealt at random,
+            such as ``{0: 0.0, 2: 0.5, 4: 1.0}``; 1 before the first.
+        n_file_negatives: how many of a row's hard negatives in the pairs files (``neg_text``, ``neg_image_path``) are
+            trained on, beside those that mining writes.
         cache: folder of the teacher's finished vectors and neighbours; runs that share it share these, and a killed run
             goes on from there. ``cache`` in the run's folder where absent.
         num_workers: processes that read and prepare batches.
@@ -81,6 +63,8 @@ class PairsDataModule(L.LightningDataModule):
         teacher: str = "student",
         plan: str | None = None,
         mining: MiningSettings = MiningSettings(),  # noqa: B008 - frozen
+        mined_frac: dict[int, float] | None = None,
+        n_file_negatives: int = 0,
         cache: str | None = None,
         num_workers: int = 0,
         image_check: ImageCheck = "decode",
@@ -91,14 +75,15 @@ class PairsDataModule(L.LightningDataModule):
         self.image_root = Path(image_root)
         self.batches, self.batch_size, self.eval_batch_size = batches, batch_size, eval_batch_size
         self.teacher, self.plan_folder, self.mining = teacher, plan, mining
-        self.cache = cache
+        self.mined_frac, self.n_file_negatives, self.cache = mined_frac or {}, n_file_negatives, cache
         self.num_workers, self.image_check, self.seed = num_workers, image_check, seed
         self.mined: MinedPlan | None = None
         self.before_epoch: list[Callable[[int], None]] = []
         self.after_mining: list[Callable[[MinedPlan | None, MinedPlan, int, float], None]] = []
         self._batch_plan: BatchPlan | None = None
-        self._splits: dict[str, _Split] = {}
+        self._splits: dict[str, Split] = {}
         self._in_use: dict[str, Any] = {}
+        self._decided_epoch = -1
         self._resume_from: dict[str, Any] | None = None
 
     # ---- pairs
@@ -116,11 +101,7 @@ class PairsDataModule(L.LightningDataModule):
             sources = self.sources[name]
             if sources is None:
                 raise ValueError(f"data.{name}_pairs is not set; give a pairs file, such as --data.{name}_pairs=FILE")
-            pairs = load_pairs(sources)
-            digests = check_images(pairs.image_paths(), self.image_root, how=self.image_check)
-            contents = {side: _contents(pairs, side, digests) for side in ("query", "target")}
-            keys = {side: _keys(contents[side]) for side in contents}
-            self._splits[name] = _Split(pairs, keys, contents)
+            self._splits[name] = Split.read(sources, self.image_root, self.image_check)
         if "train" in splits:
             self._check_training()
 
@@ -130,20 +111,38 @@ class PairsDataModule(L.LightningDataModule):
             check_batch_size(self.batch_size, self.mining.cluster_size)
             self.mining.check_fits(len(pairs))
             self.mining.check_tasks(tuple(pairs.task_weights))
-        BatchPlan(**self._random_plan())
+        BatchPlan(**self._random_plan(), mined_frac=self.mined_frac)
+        self._count_negatives(pairs)
         if self.plan_folder is not None:
             MinedPlan.load(self.plan_folder).check_rows(len(pairs))
         elif self.batches == "b3" and self.teacher.endswith(VECTOR_SUFFIXES):
             check_vectors(self.teacher, len(pairs))
 
+    def _count_negatives(self, pairs: PairTable) -> None:
+        counts, wanted = [len(items) for items in pairs.negatives], self.n_file_negatives
+        if wanted < 0:
+            raise ValueError(f"data.n_file_negatives={wanted} must not be negative")
+        unused = sum(max(0, count - wanted) for count in counts)
+        lacking = sum(max(0, wanted - count) for count in counts)
+        if wanted and not any(counts):
+            raise ValueError(
+                f"data.n_file_negatives={wanted}, but the pairs hold none (column neg_text, neg_image_path)"
+            )
+        if unused or lacking:
+            log.info("data.n_file_negatives=%d: %d of the pairs files' unused, %d lacking", wanted, unused, lacking)
+
     def pairs(self, split: str) -> PairTable:
         """The rows of a loaded split."""
         return self._splits[split].pairs
 
+    @property
+    def n_tasks(self) -> int:
+        """How many tasks the training pairs hold."""
+        return len(self.pairs("train").task_weights) if "train" in self._splits else 1
+
     def modalities(self) -> set[Modality]:
         """What the loaded pairs hold: text, images, both in one item."""
-        items = (item for split in self._splits.values() for side in TEXT_AND_IMAGE for item in split.pairs.items(side))
-        return {modality_of(item) for item in items}
+        return set().union(*(split.modalities(self.n_file_negatives) for split in self._splits.values()))
 
     def train_texts(self) -> Iterator[str]:
         """Every text of the training pairs, for learning a vocabulary."""
@@ -152,8 +151,7 @@ class PairsDataModule(L.LightningDataModule):
                 "a small embedder learns its vocabulary from the training pairs: set data.train_pairs too, "
                 "or name the run's export as model.embedder"
             )
-        for side in ("query", "target"):
-            yield from (item.text for item in self.pairs("train").items(side) if item.text)
+        return self._splits["train"].texts()
 
     def setup(self, stage: str) -> None:
         wanted = {"fit": ["train"], "validate": ["val"], "test": ["test"], "predict": ["test"]}[stage]
@@ -162,6 +160,8 @@ class PairsDataModule(L.LightningDataModule):
         if self.sources["train"] is not None and "train" not in wanted:
             wanted.append("train")
         self.load(*wanted)
+        if stage == "fit":
+            self.mined, self._batch_plan, self._in_use, self._decided_epoch = None, None, {}, -1
         if stage == "fit" and self.trainer is not None and self.batch_size % self.trainer.world_size:
             raise ValueError(
                 f"data.batch_size={self.batch_size} must be a multiple of the {self.trainer.world_size} processes"
@@ -194,32 +194,46 @@ class PairsDataModule(L.LightningDataModule):
             return min(steps, trainer.max_steps) if steps else trainer.max_steps
         return max(1, steps)
 
-    def train_dataloader(self) -> DataLoader[int]:
+    def train_dataloader(self) -> EpochLoader:
         trainer = self._trainer()
         epoch = trainer.current_epoch
         plan = self._plan_of(epoch)
         batches = EpochBatches(plan.epoch(epoch), rank=trainer.global_rank, world_size=trainer.world_size)
         log.info("epoch %d: %d batches, %d rows carried over", epoch, len(batches), len(plan.carried_after(epoch)))
-        return self._loader("train", batch_sampler=batches)
+        module: Any = trainer.lightning_module
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+        return EpochLoader(
+            **self._loading("train", chunks=module.chunks, mined=self.mined, n_file_negatives=self.n_file_negatives),
+            batches=batches,
+            n_trained=lambda: int(progress.current.processed),
+        )
 
     def val_dataloader(self) -> DataLoader[int] | list[Any]:
-        return self._loader("val", batch_size=self.eval_batch_size) if "val" in self._splits else []
+        return self._share_loader("val") if "val" in self._splits else []
 
     def test_dataloader(self) -> DataLoader[int]:
-        return self._loader("test", batch_size=self.eval_batch_size)
+        return self._share_loader("test")
 
     def predict_dataloader(self) -> DataLoader[int]:
-        return self.test_dataloader()
+        return DataLoader(**self._loading("test"), batch_size=self.eval_batch_size)
 
-    def _loader(self, split: str, **batching: Any) -> DataLoader[int]:
+    def _share_loader(self, split: str) -> DataLoader[int]:
+        """This process's share of the rows; the metrics put the shares together."""
+        trainer, n_rows = self._trainer(), len(self.pairs(split))
+        every = trainer.world_size if n_rows >= trainer.world_size else 1
+        share = range(trainer.global_rank % every, n_rows, every)
+        return DataLoader(**self._loading(split), sampler=share, batch_size=self.eval_batch_size)
+
+    def _loading(self, split: str, **collating: Any) -> dict[str, Any]:
         rows = self._splits[split]
         preprocess: Any = self._trainer().lightning_module.preprocess
-        return DataLoader(
-            PairDataset(len(rows.pairs)),
-            collate_fn=PairCollator(rows.pairs, rows.keys, self.image_root, preprocess),
-            num_workers=self.num_workers,
-            **batching,
-        )
+        return {
+            "dataset": PairDataset(len(rows.pairs)),
+            "collate_fn": PairCollator(rows, self.image_root, preprocess, **collating),
+            "num_workers": self.num_workers,
+            # a generator of its own: to begin an epoch must not draw from the one that dropout draws from
+            "generator": torch.Generator().manual_seed(self.seed),
+        }
 
     def _trainer(self) -> L.Trainer:
         assert self.trainer is not None
@@ -232,13 +246,20 @@ class PairsDataModule(L.LightningDataModule):
         if self._batch_plan is None:
             self._restore_plan()
         if self._batch_plan is None and self.batches == "b3" and self.plan_folder is not None:
-            self._use(MinedPlan.load(self.plan_folder), epoch)
+            sha = sha256(Path(self.plan_folder) / "plan.json")
+            self._use(
+                MinedPlan.load(self.plan_folder), epoch, folder=str(Path(self.plan_folder).resolve()), plan_sha256=sha
+            )
         if self._batch_plan is None and self.batches == "b3" and self.teacher != "student":
-            self.remine(epoch, miner="teacher")
+            plan = self.new_plan(epoch, MiningRequest("teacher"))
+            assert plan is not None, "there is none yet that could stay"
+            self.take_over(plan, epoch)
         if self._batch_plan is None:
             self._batch_plan = BatchPlan(**self._random_plan())
-        for mine_if_due in self.before_epoch:
-            mine_if_due(epoch)
+        if epoch > self._decided_epoch:
+            for mine_if_due in self.before_epoch:
+                mine_if_due(epoch)
+            self._decided_epoch = epoch
         return self._batch_plan
 
     @property
@@ -247,129 +268,117 @@ class PairsDataModule(L.LightningDataModule):
         epoch: int | None = self._in_use.get("epoch")
         return epoch
 
-    def remine(self, epoch: int, *, miner: Miner) -> MinedPlan:
-        """Mine batches that are used from ``epoch`` on; rank 0 makes the plan, every rank reads it."""
-        trainer = self._trainer()
-        folder = self._plan_folder(epoch)
-        before, start = self.mined, time.perf_counter()
-        mined = self.mine(miner=miner)
-        if mined is not None:
-            mined.save(folder)
-            shutil.rmtree(self._student_folder(), ignore_errors=True)
-        trainer.strategy.barrier("mined")
-        mined = MinedPlan.load(folder)
-        self._use(mined, epoch)
-        seconds = time.perf_counter() - start
+    def new_plan(self, epoch: int, request: MiningRequest) -> NewPlan | None:
+        """Mine batches to be used from ``epoch`` on; None where the plan in use is what would be mined."""
+        return self._miner().new_plan(self._plan_folder(epoch), request, in_use=self._in_use.get("key"))
+
+    def take_over(self, plan: NewPlan, epoch: int) -> None:
+        """Draw batches from the plan from ``epoch`` on, and tell of it."""
+        before = self.mined
+        self._use(plan.mined, epoch, **plan.about)
         for tell in self.after_mining:
-            tell(before, mined, epoch, seconds)
-        return mined
+            tell(before, plan.mined, epoch, plan.seconds)
 
-    def mine(self, *, miner: Miner = "teacher") -> MinedPlan | None:
-        """Embed the training pairs and mine them; all processes share the work, the first returns the plan."""
-        train, trainer = self._splits["train"], self._trainer()
-        by_student = miner == "student" or self.teacher == "student"
-        folder = self._student_folder() if by_student else self._cache_folder()
-        processes = Processes(trainer.global_rank, trainer.world_size, trainer.strategy.barrier)
-        stages = Stages(folder, processes)
-        enabled = trainer.progress_bar_callback is not None and trainer.is_global_zero
-        with stages.locked(), StageProgress(enabled=enabled) as progress:
-            embeddings = self._vectors(by_student, stages, progress)
-            about: dict[str, Any] = {
-                "settings": self.mining,
-                "target_keys": train.keys["target"],
-                "query_keys": train.keys["query"],
-                "groups": train.pairs.groups,
-                "tasks": train.pairs.tasks,
-                "stages": stages,
-            }
-            vector_pair = embeddings.query_ND, embeddings.target_ND
-            if not trainer.is_global_zero:
-                help_mine(*vector_pair, **about)
-                return None
-            mined = mine(*vector_pair, **about, batch_size=self.batch_size, progress=progress)
-        log.info("mined in %.1f s: %s", sum(mined.seconds.values()), _in_words(mined.summary()))
-        return mined
+    def mine(self) -> MinedPlan | None:
+        """Mine the training pairs with the teacher; all processes share the work, the first returns the plan."""
+        return self._miner().mine(MiningRequest("teacher"))
 
-    def _cache_folder(self) -> Path:
-        return Path(self.cache) if self.cache is not None else Path(self._trainer().default_root_dir) / "cache"
+    def processes(self) -> Processes:
+        """Those that share the mining."""
+        return self._miner().processes
 
-    def _student_folder(self) -> Path:
-        """Its vectors serve one plan only, so what is in here goes when that is saved."""
-        return Path(self._trainer().default_root_dir) / "plans" / "unfinished"
+    def _miner(self) -> PairMiner:
+        trainer = self._trainer()
+        run = Path(trainer.default_root_dir)
+        return PairMiner(
+            train=self._splits["train"],
+            trainer=trainer,
+            teacher=self.teacher,
+            mining=self.mining,
+            image_root=self.image_root,
+            cache=Path(self.cache) if self.cache is not None else run / "cache",
+            student_cache=run / "plans" / "unfinished",
+            batch_size=self.batch_size,
+            eval_batch_size=self.eval_batch_size,
+            num_workers=self.num_workers,
+        )
 
-    def _use(self, mined: MinedPlan, epoch: int) -> None:
+    def _use(self, mined: MinedPlan, epoch: int, **about: Any) -> None:
         """Draw batches from ``mined`` from this epoch on; rows that the last plan carried come first."""
         old = self._batch_plan
         carried = old.carried_after(epoch - 1) if old is not None and epoch > 0 else None
         first_epoch = epoch if carried is not None else 0
+        self._in_use = {"epoch": first_epoch, "carried": [] if carried is None else carried.tolist(), **about}
+        self._draw_from(mined)
+
+    def _draw_from(self, mined: MinedPlan) -> None:
         self.mined = mined
         self._batch_plan = BatchPlan(
-            **self._random_plan() | {"clusters": mined.clusters}, first_epoch=first_epoch, carried=carried
+            **self._random_plan() | {"clusters": mined.clusters},
+            first_epoch=self._in_use["epoch"],
+            carried=torch.tensor(self._in_use["carried"], dtype=torch.int64),
+            mined_frac=self.mined_frac,
         )
-        self._in_use = {"epoch": first_epoch, "carried": [] if carried is None else carried.tolist()}
-
-    def _vectors(self, by_student: bool, stages: Stages, progress: StageProgress) -> Embeddings:
-        trainer, train = self._trainer(), self._splits["train"]
-        if not by_student and self.teacher.endswith(VECTOR_SUFFIXES):
-            return check_vectors(self.teacher, len(train.pairs))
-        encoder = PairEncoder(
-            train.pairs,
-            self.image_root,
-            contents=train.contents,
-            precision=str(trainer.precision),
-            batch_size=self.eval_batch_size,
-            num_workers=self.num_workers,
-            stages=stages,
-            progress=progress,
-        )
-        module: Any = trainer.lightning_module
-        if by_student:
-            with student_embed(trainer) as embed:
-                return encoder.encode(module.embedder, embed)
-        teacher = module.load_teacher(self.teacher)
-        return encoder.encode(teacher, teacher_embed(teacher, trainer.strategy.root_device))
 
     # ---- resume
 
+    def _about(self) -> dict[str, Any]:
+        """What the batches of a run depend on."""
+        return {
+            "pairs": self._splits["train"].fingerprint,
+            "task_weights": self.pairs("train").task_weights,
+            "batches": self.batches,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "mined_frac": {str(epoch): frac for epoch, frac in self.mined_frac.items()},
+            "n_file_negatives": self.n_file_negatives,
+        }
+
     def state_dict(self) -> dict[str, Any]:
-        """Which plan is in use, so that a resumed run goes on with it."""
-        return self._in_use
+        """Which plan is in use and what the batches depend on, so that a resumed run goes on with them."""
+        return {"plan": self._in_use, "decided_epoch": self._decided_epoch, "about": self._about()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resume_from = state_dict
 
+    def refuse_other_batches(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to train on from a checkpoint whose batches were drawn from anything else.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        here, there = self._about(), checkpoint.get(type(self).__qualname__, {}).get("about", {})
+        differing = [
+            f"{name} ({there.get(name)} then, {value} now)" for name, value in here.items() if value != there.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"the checkpoint is of a run with other batches; it differs in {', '.join(differing)}. "
+                "Give it what it was made with, or start a new run"
+            )
+
     def _restore_plan(self) -> None:
         state, self._resume_from = self._resume_from, None
-        if not state or self.batches != "b3":
+        if state is None:
             return
-        folder = self._plan_folder(state["epoch"])
-        self.mined = MinedPlan.load(folder if (folder / "plan.json").is_file() else self.plan_folder or folder)
-        self.mined.check_rows(len(self.pairs("train")))
-        self._in_use = state
-        self._batch_plan = BatchPlan(
-            **self._random_plan() | {"clusters": self.mined.clusters},
-            first_epoch=state["epoch"],
-            carried=torch.tensor(state["carried"], dtype=torch.int64),
-        )
+        self._decided_epoch = state["decided_epoch"]
+        if not state["plan"]:
+            return
+        self._in_use = state["plan"]
+        folder = Path(self._trainer().default_root_dir) / "plans" / self._in_use["folder"]  # a folder given is absolute
+        mined = MinedPlan.load(folder)
+        if sha256(folder / "plan.json") != self._in_use["plan_sha256"]:
+            raise ValueError(f"{folder} is not the plan that the checkpoint was trained on; restore it from a backup")
+        mined.check_rows(len(self.pairs("train")))
+        self._draw_from(mined)
 
     def _plan_folder(self, epoch: int) -> Path:
         return Path(self._trainer().default_root_dir) / "plans" / f"epoch-{epoch:04d}"
 
 
-def _in_words(summary: dict[str, float]) -> str:
-    hardness = " / ".join(f"{summary[f'hardness_{name}']:.2f}" for name in ("random", "mined", "best"))
-    return (
-        f"{summary['n_edges']:,.0f} edges, {summary['kept_frac']:.1%} of them inside {summary['n_clusters']:,.0f} "
-        f"clusters, {summary['n_fillers']:,.0f} fillers; hardness {hardness} (random / mined / best)"
-    )
-
-
-def _contents(pairs: PairTable, side: str, digests: dict[str, str]) -> list[tuple[str, str]]:
-    """Text and image content of every row."""
-    return [(item.text, digests[item.image] if item.image else "") for item in pairs.items(side)]
-
-
-def _keys(contents: list[tuple[str, str]]) -> Tensor:
-    """(N,) int64: rows with equal text and image content share a key."""
-    codes: dict[tuple[str, str], int] = {}
-    return torch.tensor([codes.setdefault(content, len(codes)) for content in contents])
+def datamodule_of(trainer: L.Trainer) -> PairsDataModule:
+    """The trainer's data module, for callbacks that need this one."""
+    data: object = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, PairsDataModule):
+        raise TypeError(f"a PairsDataModule is needed, not {type(data).__name__}")
+    return data

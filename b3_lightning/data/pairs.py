@@ -1,12 +1,14 @@
 """Pairs files in, a checked ``PairTable`` out: text, images or both on either side, one task or many.
 
 Columns (MMEB-train's names): ``qry``, ``qry_image_path``, ``pos_text``, ``pos_image_path``; each side needs text, an
-image or both in every row. ``group`` is optional: rows that share one are never each other's negatives. Other names
-are mapped by ``PairSource.columns``.
+image or both in every row. Optional are ``group``: rows that share one are never each other's negatives; and
+``neg_text``, ``neg_image_path``: hard negatives of a row, one or a list, the empty string for none. Other names are
+mapped by ``PairSource.columns``.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,7 @@ from b3_lightning.types import name_rows
 
 TEXT_AND_IMAGE = {"query": ("qry", "qry_image_path"), "target": ("pos_text", "pos_image_path")}
 COLUMNS = (*(column for pair in TEXT_AND_IMAGE.values() for column in pair), "group")
+NEGATIVE_COLUMNS = ("neg_text", "neg_image_path")
 
 
 @dataclass(frozen=True)
@@ -66,18 +69,27 @@ def modality_of(item: Item) -> Modality:
 
 
 class PairTable:
-    """All pairs of a run, row ids being positions in the order of the sources."""
+    """All pairs of a run, row ids being positions in the order of the sources; ``negatives`` are those of the files."""
 
-    def __init__(self, columns: dict[str, list[str]], tasks: list[str], task_weights: dict[str, float]) -> None:
-        self.columns, self.tasks, self.task_weights = columns, tasks, task_weights
+    def __init__(
+        self,
+        columns: dict[str, list[str]],
+        tasks: list[str],
+        task_weights: dict[str, float],
+        negatives: list[list[Item]],
+    ) -> None:
+        self.columns, self.tasks, self.task_weights, self.negatives = columns, tasks, task_weights, negatives
+        self._items: dict[str, list[Item]] = {}
 
     def __len__(self) -> int:
         return len(self.tasks)
 
     def items(self, side: str) -> list[Item]:
         """Every row's ``query`` or ``target``."""
-        text, image = TEXT_AND_IMAGE[side]
-        return [Item(*both) for both in zip(self.columns[text], self.columns[image], strict=True)]
+        if side not in self._items:
+            text, image = TEXT_AND_IMAGE[side]
+            self._items[side] = [Item(*both) for both in zip(self.columns[text], self.columns[image], strict=True)]
+        return self._items[side]
 
     @property
     def groups(self) -> list[str | None] | None:
@@ -92,6 +104,10 @@ class PairTable:
             for row, path in enumerate(self.columns[column]):
                 if path:
                     rows.setdefault(path, []).append(row)
+        for row, items in enumerate(self.negatives):
+            for item in items:
+                if item.image:
+                    rows.setdefault(item.image, []).append(row)
         return rows
 
 
@@ -107,26 +123,28 @@ def load_pairs(sources: str | PairSource | Sequence[str | PairSource]) -> PairTa
         raise ValueError("no pairs file was given; set data.train_pairs=FILE")
     columns: dict[str, list[str]] = {name: [] for name in COLUMNS}
     tasks: list[str] = []
+    negatives: list[list[Item]] = []
     weights: dict[str, float] = {}
     for entry in listed:
         source = PairSource(entry) if isinstance(entry, str) else entry
         task = source.task or Path(source.path).stem
         if weights.setdefault(task, source.weight) != source.weight:
             raise ValueError(f"task {task!r} is given the weights {weights[task]} and {source.weight}; give it one")
-        read = _read_columns(source)
+        table = _read_table(source)
+        read = _read_columns(table, source)
+        negatives += _read_negatives(table, source)
         for name in COLUMNS:
             columns[name] += read[name]
         tasks += [task] * len(read["qry"])
-    return PairTable(columns, tasks, weights)
+    return PairTable(columns, tasks, weights, negatives)
 
 
-def _read_columns(source: PairSource) -> dict[str, list[str]]:
-    table = _read_table(source)
+def _read_columns(table: pa.Table, source: PairSource) -> dict[str, list[str]]:
     if table.num_rows == 0:
         raise ValueError(f"{source.path} holds no rows")
-    unknown = sorted(set(source.columns) - set(COLUMNS))
+    unknown = sorted(set(source.columns) - {*COLUMNS, *NEGATIVE_COLUMNS})
     if unknown:
-        raise ValueError(f"columns maps {unknown}; what can be mapped is {list(COLUMNS)}")
+        raise ValueError(f"columns maps {unknown}; what can be mapped is {[*COLUMNS, *NEGATIVE_COLUMNS]}")
     absent = {name: theirs for name, theirs in source.columns.items() if theirs not in table.column_names}
     if absent:
         raise ValueError(f"{source.path} has no column {sorted(absent.values())}; it has {table.column_names}")
@@ -142,6 +160,34 @@ def _read_columns(source: PairSource) -> dict[str, list[str]]:
         if prompt:
             read[column] = [prompt + text for text in read[column]]
     return read
+
+
+def _read_negatives(table: pa.Table, source: PairSource) -> list[list[Item]]:
+    """Every row's hard negatives; the target's prompt goes before their texts too."""
+    found = {}
+    for name in NEGATIVE_COLUMNS:
+        theirs = source.columns.get(name, name)
+        values = table[theirs].to_pylist() if theirs in table.column_names else [None] * table.num_rows
+        found[name] = [value if isinstance(value, list) else [] if value is None else [value] for value in values]
+        wrong = [row for row, listed in enumerate(found[name]) if any(not isinstance(one or "", str) for one in listed)]
+        if wrong:
+            raise ValueError(
+                f"{source.path}: {theirs!r} must hold texts or lists of texts; not so in {name_rows(wrong)}"
+            )
+    texts, images = found.values()
+    uneven = [
+        row for row, both in enumerate(zip(texts, images, strict=True)) if all(both) and len(both[0]) != len(both[1])
+    ]
+    if uneven:
+        raise ValueError(
+            f"{source.path}: as many texts as images of negatives are needed; not so in {name_rows(uneven)}"
+        )
+    rows = []
+    for row_texts, row_images in zip(texts, images, strict=True):
+        pairs = itertools.zip_longest(row_texts, row_images)
+        there = [(text or "", image or "") for text, image in pairs if (text or "").strip() or image]
+        rows.append([Item(source.target_prompt + text, image) for text, image in there])
+    return rows
 
 
 def _strings(table: pa.Table, column: str, path: str, numbers: bool) -> list[str]:

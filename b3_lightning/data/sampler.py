@@ -1,14 +1,18 @@
-"""The batches of one epoch, cut into the equal shares of the processes."""
+"""The batches of one epoch, cut into the equal shares of the processes, from any place in the epoch on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 
 class EpochBatches:
     """A batch sampler over one epoch's plan: this rank's share of every global batch, in the plan's order.
+
+    ``len`` counts all batches of the epoch, also where ``first_batch`` says that some were trained on before.
 
     Args:
         ids_MB: (M, B) row ids of the global batches.
@@ -22,9 +26,31 @@ class EpochBatches:
             raise ValueError(f"batch_size={batch_size} must be a multiple of the {world_size} processes")
         share = batch_size // world_size
         self.ids_MB = ids_MB[:, rank * share : (rank + 1) * share]
+        self.first_batch = 0
 
     def __len__(self) -> int:
         return len(self.ids_MB)
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.ids_MB.tolist())
+        return iter(self.ids_MB[self.first_batch :].tolist())
+
+
+class EpochLoader(DataLoader[int]):
+    """A loader whose place in the epoch is part of the checkpoint, counted in global batches.
+
+    Lightning asks for ``state_dict`` when it saves and hands it back before it iterates.
+
+    Args:
+        batches: of the epoch.
+        n_trained: tells how many of them are done; the loader itself only knows what its workers have fetched.
+    """
+
+    def __init__(self, *, batches: EpochBatches, n_trained: Callable[[], int], **loading: Any) -> None:
+        super().__init__(batch_sampler=batches, **loading)
+        self._batches, self._n_trained = batches, n_trained
+
+    def state_dict(self) -> dict[str, int]:
+        return {"n_trained": self._n_trained()}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._batches.first_batch = state_dict["n_trained"]

@@ -52,10 +52,10 @@ class PairEncoder:
     stages: Stages
     progress: Progress | None = None
 
-    def encode(self, model: Any, embed: Embed) -> Embeddings:
-        """The vectors that ``embed`` gives for what ``model`` preprocesses."""
+    def encode(self, model: Any, embed: Embed, model_fingerprint: str) -> Embeddings:
+        """The vectors that ``embed`` gives for what ``model`` preprocesses; its ``encoder_fingerprint`` names them."""
         content = fingerprint(
-            model=encoder_fingerprint(model),
+            model=model_fingerprint,
             precision=self.precision,
             batch_size=self.batch_size,
             **self.contents,

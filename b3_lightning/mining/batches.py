@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from b3_lightning.types import PADDING, Clusters
+from b3_lightning.types import PADDING, Clusters, by_epoch
 
 
 class BatchPlan:
@@ -29,9 +29,11 @@ class BatchPlan:
         task_weights: how many times an epoch passes over a task, by name; 1 where absent.
         first_epoch: the plan takes over at this epoch from an older one.
         carried: the rows that the older plan left over; they come first.
+        mined_frac: epoch -> the share of clusters that is kept from then on; the rows of the others, another share each
+            epoch, are dealt at random, and batches hold either mined or random clusters. 1 before the first.
 
     Raises:
-        ValueError: where B is no multiple of K, or exceeds the rows of a task.
+        ValueError: where B is no multiple of K, or exceeds the rows of a task, or a share lies outside 0 to 1.
     """
 
     def __init__(
@@ -45,7 +47,11 @@ class BatchPlan:
         task_weights: Mapping[str, float] | None = None,
         first_epoch: int = 0,
         carried: Tensor | None = None,
+        mined_frac: Mapping[int, float] | None = None,
     ) -> None:
+        wrong = {epoch: frac for epoch, frac in (mined_frac or {}).items() if not 0 <= frac <= 1}
+        if wrong:
+            raise ValueError(f"mined_frac={wrong} must lie between 0 and 1")
         check_batch_size(batch_size, clusters.cluster_size)
         weights = dict(task_weights or {})
         unknown = sorted(set(weights) - set(task_names))
@@ -67,6 +73,7 @@ class BatchPlan:
                 seed=seed * 1_000_003 + task,
                 first_epoch=first_epoch,
                 carried=carried[task_N[carried] == task],
+                mined_frac=mined_frac or {},
             )
             for task, name in enumerate(task_names)
         ]
@@ -107,6 +114,7 @@ class _TaskStream:
         seed: int,
         first_epoch: int,
         carried: Tensor,
+        mined_frac: Mapping[int, float],
     ) -> None:
         self.n_rows = int((ids_CK != PADDING).sum())
         if self.n_rows < batch_size:
@@ -117,7 +125,7 @@ class _TaskStream:
         if weight <= 0:
             raise ValueError(f"the weight of task {name!r} is {weight}; it must be above 0")
         self.ids_CK, self.batch_size, self.weight, self.seed = ids_CK, batch_size, weight, seed
-        self.first_epoch, self.carried = first_epoch, carried
+        self.first_epoch, self.carried, self.mined_frac = first_epoch, carried, mined_frac
 
     def _offered(self, n_epochs: int) -> int:
         """How many rows the first so many epochs offer."""
@@ -142,7 +150,8 @@ class _TaskStream:
         n_rows, passed = 0, 0
         while n_rows + len(carried) < stop - origin:
             generator = torch.Generator().manual_seed((self.seed + self.first_epoch) * 7_919 + passed)
-            rows = self._one_pass(carried, generator)
+            epoch = self.first_epoch + int(passed / self.weight)
+            rows = self._one_pass(carried, self._shuffled(generator, by_epoch(self.mined_frac, epoch, 1.0)))
             full = len(rows) // self.batch_size * self.batch_size
             parts.append(rows[:full])
             carried = rows[full:]
@@ -150,24 +159,32 @@ class _TaskStream:
             passed += 1
         return torch.cat([*parts, carried])[start - origin : stop - origin]
 
-    def _one_pass(self, carried: Tensor, generator: torch.Generator) -> Tensor:
-        """Carried rows, then every cluster once in random order.
+    def _shuffled(self, generator: torch.Generator, mined_frac: float) -> Tensor:
+        """(C, K) the whole clusters in random order, the rows of all but a share of them dealt anew at the end."""
+        shuffled_CK = self._whole_CK[torch.randperm(len(self._whole_CK), generator=generator)]
+        kept = round(mined_frac * len(shuffled_CK))
+        rows = shuffled_CK[kept:].flatten()
+        if len(rows):
+            shuffled_CK[kept:] = rows[torch.randperm(len(rows), generator=generator)].view(-1, self.ids_CK.shape[1])
+        return shuffled_CK
+
+    def _one_pass(self, carried: Tensor, shuffled_CK: Tensor) -> Tensor:
+        """Carried rows, then every cluster once.
 
         The first batch is filled with clusters that share no row with the carried ones; the cluster it has to cut
         gives its other rows to the end, where the padded cluster stands too, so that all other batches are whole
         clusters.
         """
-        order = torch.randperm(len(self._whole_CK), generator=generator)
         if len(carried) == 0:
-            return torch.cat([self._whole_CK[order].flatten(), self._partial])
-        overlaps = torch.isin(self._whole_CK[order], carried).any(dim=1)
-        first = torch.cat([order[~overlaps], order[overlaps]])
+            return torch.cat([shuffled_CK.flatten(), self._partial])
+        overlaps = torch.isin(shuffled_CK, carried).any(dim=1)
+        first_CK = torch.cat([shuffled_CK[~overlaps], shuffled_CK[overlaps]])
         n_missing = self.batch_size - len(carried)
         whole, cut = divmod(n_missing, self.ids_CK.shape[1])
-        split = self._whole_CK[first[whole : whole + 1]].flatten() if cut else carried[:0]
-        stream = [carried, self._whole_CK[first[:whole]].flatten(), split[:cut]]
-        rest = first[whole + (1 if cut else 0) :]
-        stream += [self._whole_CK[rest].flatten(), split[cut:], self._partial]
+        split = first_CK[whole : whole + 1].flatten() if cut else carried[:0]
+        stream = [carried, first_CK[:whole].flatten(), split[:cut]]
+        rest_CK = first_CK[whole + (1 if cut else 0) :]
+        stream += [rest_CK.flatten(), split[cut:], self._partial]
         return self._without_repeats(torch.cat(stream), len(carried))
 
     def _without_repeats(self, stream: Tensor, n_carried: int) -> Tensor:

@@ -19,7 +19,6 @@ from b3_lightning.mining.batches import BatchPlan
 from b3_lightning.mining.ranks import RankChoice
 from b3_lightning.mining.settings import MiningSettings
 from b3_lightning.mining.store import check_sha256, sha256, write_atomic, write_json
-from b3_lightning.mining.window import masked_pairs
 from b3_lightning.types import PADDING, Clusters, Communities, Edges, Neighbors, Window
 
 FORMAT_VERSION = 2
@@ -74,9 +73,14 @@ class MinedPlan:
             task_weights=task_weights,
         )
 
-    def masked_pairs(self, ids_B: Tensor) -> Tensor:
-        """(B, B) bool: in a batch of these rows, which targets (columns) are likely right for which query (rows)."""
-        return masked_pairs(self.neighbors, self.window, ids_B)
+    def masked_ids(self, ids_B: Tensor) -> Tensor:
+        """(B, M) int64: the rows whose targets are likely right for each of these rows, padded with -1 to the most."""
+        masked_BW = self.window.masked_NW[ids_B]
+        # those that count come first, in the order of their ranks
+        order_BW = (~masked_BW).to(torch.uint8).argsort(dim=1, stable=True)
+        ids_BW = self.neighbors.ids_NW[ids_B].masked_fill(~masked_BW, PADDING).gather(1, order_BW)
+        n_most = int(masked_BW.sum(dim=1).max()) if len(ids_B) else 0
+        return ids_BW[:, :n_most].contiguous()
 
     def summary(self) -> dict[str, float]:
         """What was found: counts, ``kept_frac`` (edges whose two ends share a cluster), fillers, hardness, seconds."""

@@ -14,7 +14,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from b3_lightning.mining.store import write_atomic
+from b3_lightning.mining.store import write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -33,17 +33,44 @@ _PART_FORMAT = "1"
 _BYTES_AT_ONCE = 2**26
 
 
+class PeerError(RuntimeError):
+    """Another process failed in work that all share."""
+
+
 @dataclass(frozen=True)
 class Processes:
-    """The processes that share the work; ``barrier`` returns when all have come to it."""
+    """The processes that share the work; ``all_true`` returns, when all have come to it, whether each brought True."""
 
     rank: int = 0
     world_size: int = 1
-    barrier: Callable[[], Any] = field(default=lambda: None)
+    all_true: Callable[[bool], bool] = bool
 
     def owns(self, part: int) -> bool:
         """Is this part computed here?"""
         return part % self.world_size == self.rank
+
+    def barrier(self) -> None:
+        """Wait for all.
+
+        Raises:
+            PeerError: where one of them failed instead of coming here.
+        """
+        if not self.all_true(True):
+            raise PeerError("another process failed while mining; its own log says why")
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Tell the others, who wait at a barrier, of a failure in here, so that none of them waits for ever."""
+        told = False
+        try:
+            yield
+            told = True
+        except PeerError:
+            told = True
+            raise
+        finally:
+            if not told:
+                self.all_true(False)
 
 
 class Stages:
@@ -122,7 +149,7 @@ class Stage:
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         about = {"format": _PART_FORMAT, "fingerprint": self.fingerprint, "sha256": fingerprint(**tensors)}
         payload = save(tensors, metadata=about)
-        write_atomic(self._path(part), lambda temporary: _write(temporary, payload))
+        write_bytes(self._path(part), payload)
 
     def collect(self, n_parts: int) -> Iterator[Tensors]:
         """All parts in order, once every process has done its share."""
@@ -164,10 +191,6 @@ class Stage:
             log.warning("%s is truncated, changed or of another version: it is computed again", path)
             return None
         return tensors
-
-
-def _write(path: Path, payload: bytes) -> None:
-    path.write_bytes(payload)
 
 
 def fingerprint(**content: Any) -> str:

@@ -26,13 +26,23 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, payload: bytes) -> None:
+    """Write atomically."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(payload)
+
+    write_atomic(path, write)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write readable JSON atomically."""
-    write_atomic(path, lambda temporary: _dump(temporary, content))
-
-
-def _dump(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def sha256(path: Path) -> str:

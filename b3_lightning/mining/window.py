@@ -38,15 +38,3 @@ def _too_similar(neighbors: Neighbors, settings: MiningSettings) -> Tensor:
     if settings.max_score is not None:
         similar_NW |= score_NW > settings.max_score
     return similar_NW
-
-
-def masked_pairs(neighbors: Neighbors, window: Window, ids_B: Tensor) -> Tensor:
-    """(B, B) bool: in a batch of these rows, which targets (columns) to leave out of which query's loss (rows)."""
-    sorted_B, order_B = ids_B.sort()
-    near_BW = neighbors.ids_NW[ids_B]
-    place_BW = torch.searchsorted(sorted_B, near_BW).clamp(max=len(ids_B) - 1)
-    found_BW = (sorted_B[place_BW] == near_BW) & window.masked_NW[ids_B]
-    masked_BB = torch.zeros(len(ids_B), len(ids_B), dtype=torch.bool)
-    query_P, rank_P = found_BW.nonzero(as_tuple=True)
-    masked_BB[query_P, order_B[place_BW[query_P, rank_P]]] = True
-    return masked_BB

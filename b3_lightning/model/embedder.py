@@ -137,6 +137,9 @@ def load_embedder(path: str, load: LoadSettings, lora: LoraSettings | None) -> S
         model = SentenceTransformer(modules=[transformer, pooling], device="cpu")
     if not isinstance(model[-1], Normalize):
         model.append(Normalize())
+    if load.min_pixels is not None:
+        _check_counts_pixels(model, path)
+    _pad_as_trained(model)
     if load.max_seq_length is not None:
         model.max_seq_length = load.max_seq_length
     if lora is not None:
@@ -144,6 +147,27 @@ def load_embedder(path: str, load: LoadSettings, lora: LoraSettings | None) -> S
     if load.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def _pad_as_trained(model: SentenceTransformer) -> None:
+    """Pad SigLIP's texts to their full length, as it was trained: it reads the last position, whatever stands there.
+
+    Padded to the longest of a batch, a text's vector would depend on the texts beside it.
+    """
+    config: Any = getattr(model[0], "config", None)
+    if str(getattr(config, "model_type", "")).startswith("siglip"):
+        length = {"padding": "max_length", "max_length": config.text_config.max_position_embeddings}
+        model[0].processing_kwargs["text"] = length | model[0].processing_kwargs.get("text", {})
+
+
+def _check_counts_pixels(model: SentenceTransformer, path: str) -> None:
+    """Refuse pixel limits for models that resize every image to one size: they would read them as edges."""
+    image_processor = getattr(getattr(model[0], "processor", None), "image_processor", None)
+    if not hasattr(image_processor, "merge_size"):
+        raise ValueError(
+            f"model.load.min_pixels and max_pixels are for Qwen2-VL and its kin; {path} resizes images its own way: "
+            "leave them out"
+        )
 
 
 def _add_lora(model: SentenceTransformer, lora: LoraSettings) -> None:

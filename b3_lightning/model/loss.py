@@ -1,68 +1,193 @@
-"""InfoNCE over the targets of the global batch: a pure function, and the gather that feeds it.
+"""InfoNCE over the targets of the global batch: pure functions of vectors, keys and masks.
 
-Shapes: B = rows of this process, G = rows of the global batch, D = dimensions.
+Shapes: B = rows of this process, G = rows of the global batch, C = columns: what a query is scored against, the
+positives of all processes and then their hard negatives; D = dimensions, M = masked ids of a row, padded with -1.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def info_nce(
-    query_BD: Tensor,
-    target_GD: Tensor,
-    *,
-    temperature: float,
-    first_row: int = 0,
-    ignore_BG: Tensor | None = None,
-) -> Tensor:
-    """Mean cross-entropy of each query against the targets of the global batch.
+@dataclass(frozen=True)
+class LossSettings:
+    """InfoNCE and what it leaves out.
 
     Args:
-        query_BD: unit queries of this process.
-        target_GD: unit targets of all processes; the positive of query b is target ``first_row + b``.
-        temperature: divides the cosines (B3 trains at 0.02).
-        ignore_BG: bool, targets that are no negatives of a query; its positive is never left out.
+        temperature: divides the cosines (B3 trains at 0.02); where it is learned, its first value.
+        learn_temperature: ``no``, one for all tasks (``global``), or one for each (``per_task``).
+        temperature_range: a learned temperature stays between these.
+        symmetric: add the loss of targets against queries, and halve.
+        mask_same: leave out targets that equal a row's own, and those of other rows with the same query.
+        mask_planned: leave out targets that the plan lists for a row: ranks before the window, and too similar ones.
+        mask_margin: leave out targets that the student itself scores above the positive by more than this; 0.1 is
+            usual.
+        hardness: adds ``hardness * cosine`` to a negative's logit, without gradient, so that hard negatives weigh more
+            (arXiv 2503.04812 uses 9).
+        matryoshka_dims: train also the first so many dimensions of the vectors, as embeddings of their own; the loss is
+            the mean over these and the full width.
     """
-    logits_BG = query_BD @ target_GD.T / temperature
-    positive_B = first_row + torch.arange(len(query_BD), device=query_BD.device)
-    if ignore_BG is not None:
-        ignore_BG = ignore_BG.scatter(1, positive_B[:, None], value=False)
-        logits_BG = logits_BG.masked_fill(ignore_BG, -torch.inf)
-    return F.cross_entropy(logits_BG, positive_B)
+
+    temperature: float = 0.02
+    learn_temperature: Literal["no", "global", "per_task"] = "no"
+    temperature_range: tuple[float, float] = (0.005, 0.5)
+    symmetric: bool = False
+    mask_same: bool = True
+    mask_planned: bool = True
+    mask_margin: float | None = None
+    hardness: float = 0.0
+    matryoshka_dims: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        low, high = self.temperature_range
+        if self.temperature <= 0 or not 0 < low < high:
+            raise ValueError(
+                f"temperature={self.temperature} must be above 0 and temperature_range={self.temperature_range} "
+                "positive and rising"
+            )
+        if self.learn_temperature != "no" and not low <= self.temperature <= high:
+            raise ValueError(f"temperature={self.temperature} lies outside temperature_range={self.temperature_range}")
+        if self.hardness < 0 or (self.mask_margin is not None and self.mask_margin < 0):
+            raise ValueError(f"hardness={self.hardness} and mask_margin={self.mask_margin} must not be negative")
+        if any(width < 1 for width in self.matryoshka_dims):
+            raise ValueError(f"matryoshka_dims={self.matryoshka_dims} must be above 0")
 
 
-def same_key(query_key_B: Tensor, query_key_G: Tensor, target_key_B: Tensor, target_key_G: Tensor) -> Tensor:
-    """(B, G) bool: target g equals row b's own target, or belongs to another row with the same query."""
-    return (query_key_B[:, None] == query_key_G) | (target_key_B[:, None] == target_key_G)
+class Rows(NamedTuple):
+    """What tells whether two rows may be each other's negatives: ids, -1 for an empty place, and content keys."""
+
+    row_B: Tensor
+    query_key_B: Tensor
+    target_key_B: Tensor
 
 
-def gather_rows(local_BX: Tensor) -> Tensor:
-    """Concatenate equal shares of all processes, in rank order; gradients flow back to every process.
+def info_nce(
+    score_BC: Tensor,
+    *,
+    temperature: float | Tensor,
+    first_row: int = 0,
+    ignore_BC: Tensor | None = None,
+    hardness: float = 0.0,
+) -> Tensor:
+    """Mean cross-entropy of each query against the columns.
 
-    With the mean that DDP takes over processes, the gradient of ``info_nce`` on gathered targets is that of the global
-    batch in one process: no factor of the world size is needed.
+    Args:
+        score_BC: cosines; the positive of query b is column ``first_row + b``.
+        temperature: divides the cosines.
+        ignore_BC: bool, columns that are no negatives of a query; its positive is never left out.
+        hardness: adds ``hardness * cosine`` to the logits of negatives, without gradient.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return local_BX
-    gathered: Tensor = _GatherRows.apply(local_BX)
-    return gathered
+    positive_B = first_row + torch.arange(len(score_BC), device=score_BC.device)
+    logits_BC = score_BC / temperature
+    if hardness:
+        logits_BC = logits_BC + (hardness * score_BC.detach()).scatter(1, positive_B[:, None], 0.0)
+    if ignore_BC is not None:
+        ignore_BC = ignore_BC.scatter(1, positive_B[:, None], value=False)
+        logits_BC = logits_BC.masked_fill(ignore_BC, -torch.inf)
+    return F.cross_entropy(logits_BC, positive_B)
 
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, local_BX: Tensor) -> Tensor:
-        parts = [torch.empty_like(local_BX) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, local_BX.contiguous())
-        return torch.cat(parts)
+def same_key(rows: Rows, columns: Rows) -> Tensor:
+    """(B, C) bool: column c holds row b's own target, or that of another row with the same query."""
+    return (rows.query_key_B[:, None] == columns.query_key_B) | (rows.target_key_B[:, None] == columns.target_key_B)
 
-    @staticmethod
-    def backward(ctx: Any, grad_GX: Tensor) -> Tensor:
-        total_GX = grad_GX.contiguous()
-        dist.all_reduce(total_GX)
-        return total_GX.chunk(dist.get_world_size())[dist.get_rank()]
+
+def listed(masked_BM: Tensor, columns: Rows) -> Tensor:
+    """(B, C) bool: is column c's row among the ids that row b lists?"""
+    sorted_C, order_C = columns.row_B.sort()
+    # a row can stand in several columns: those of one id are neighbours once sorted
+    first_BM = torch.searchsorted(sorted_C, masked_BM)
+    last_BM = torch.searchsorted(sorted_C, masked_BM, right=True)
+    found_BM = (masked_BM >= 0) & (last_BM > first_BM)
+    step_BC = torch.zeros(len(masked_BM), len(sorted_C) + 1, dtype=torch.int32, device=masked_BM.device)
+    step_BC.scatter_add_(1, first_BM, found_BM.int())
+    step_BC.scatter_add_(1, last_BM, -found_BM.int())
+    inside_BC = step_BC.cumsum(1)[:, :-1] > 0
+    return torch.empty_like(inside_BC).index_copy_(1, order_C, inside_BC)
+
+
+def ignored_columns(
+    score_BC: Tensor,
+    rows: Rows,
+    columns: Rows,
+    masked_BM: Tensor | None,
+    settings: LossSettings,
+    first_row: int,
+) -> Tensor:
+    """(B, C) bool: the columns that are no negatives of a query; never its positive."""
+    ignore_BC = (columns.row_B < 0)[None].expand(score_BC.shape)
+    if settings.mask_same:
+        ignore_BC = ignore_BC | same_key(rows, columns)
+    if settings.mask_planned and masked_BM is not None:
+        ignore_BC = ignore_BC | listed(masked_BM, columns)
+    positive_B = first_row + torch.arange(len(score_BC), device=score_BC.device)
+    if settings.mask_margin is not None:
+        own_B1 = score_BC.detach().gather(1, positive_B[:, None])
+        ignore_BC = ignore_BC | (score_BC.detach() > own_B1 + settings.mask_margin)
+    return ignore_BC.scatter(1, positive_B[:, None], value=False)
+
+
+class Direction(NamedTuple):
+    """One side scored against the other: unit vectors of this process, of all columns, and what to leave out."""
+
+    vector_BD: Tensor
+    column_CD: Tensor
+    ignore_BC: Tensor
+
+
+def contrastive_loss(
+    directions: Sequence[Direction], *, settings: LossSettings, temperature: float | Tensor, first_row: int
+) -> Tensor:
+    """The mean of ``info_nce`` over the directions and over the Matryoshka widths."""
+    losses = []
+    for vector_BD, column_CD, ignore_BC in directions:
+        for width in (*settings.matryoshka_dims, vector_BD.shape[1]):
+            score_BC = truncate(vector_BD, width) @ truncate(column_CD, width).T
+            losses.append(
+                info_nce(
+                    score_BC,
+                    temperature=temperature,
+                    first_row=first_row,
+                    ignore_BC=ignore_BC,
+                    hardness=settings.hardness,
+                )
+            )
+    return torch.stack(losses).mean()
+
+
+def truncate(vector_BD: Tensor, width: int) -> Tensor:
+    """The first ``width`` dimensions, of unit norm again."""
+    if width == vector_BD.shape[1]:
+        return vector_BD
+    return F.normalize(vector_BD[:, :width], dim=1)
+
+
+class Temperature(nn.Module):
+    """The temperature of a task: fixed, or learned as the logarithm of its inverse (as CLIP's logit scale)."""
+
+    def __init__(self, settings: LossSettings, n_tasks: int = 1) -> None:
+        super().__init__()
+        self.settings = settings
+        if settings.learn_temperature != "no":
+            n_learned = n_tasks if settings.learn_temperature == "per_task" else 1
+            self.log_scale_T = nn.Parameter(-torch.tensor(settings.temperature).log().repeat(n_learned))
+
+    def forward(self, task: int | None = None) -> float | Tensor:
+        """The temperature of a task, or of the geometric mean of all."""
+        if self.settings.learn_temperature == "no":
+            return self.settings.temperature
+        own = slice(None) if task is None or len(self.log_scale_T) == 1 else slice(task, task + 1)
+        return (-self.log_scale_T[own].mean()).exp()
+
+    @torch.no_grad()
+    def keep_in_range(self) -> None:
+        """Bring learned values back between the bounds; called before a step."""
+        if self.settings.learn_temperature != "no":
+            low, high = (-torch.tensor(bound).log() for bound in reversed(self.settings.temperature_range))
+            self.log_scale_T.clamp_(low.to(self.log_scale_T), high.to(self.log_scale_T))

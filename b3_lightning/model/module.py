@@ -1,20 +1,27 @@
-"""``ContrastiveModule``: embeds both sides of a batch, gathers, logs; the loss itself is ``loss.info_nce``."""
+"""``ContrastiveModule``: embeds a batch, gathers it, logs; the loss itself is ``loss.contrastive_loss``.
+
+Shapes: B = rows of this process, N = their places for hard negatives, P = items of a chunk, C = columns that a query is
+scored against (positives of all processes, then their hard negatives), D = dimensions.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal, cast
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
+from b3_lightning.model.contrast import contrast_batch
+from b3_lightning.model.distributed import average_gradients, world_size
 from b3_lightning.model.embedder import (
     LoadSettings,
     LoraSettings,
@@ -23,8 +30,10 @@ from b3_lightning.model.embedder import (
     load_embedder,
     small_vocabulary,
 )
-from b3_lightning.model.loss import gather_rows, info_nce, same_key
+from b3_lightning.model.gradcache import Encode, GradCache, check_chunkable, check_strategy
+from b3_lightning.model.loss import LossSettings, Rows, Temperature, info_nce, same_key
 from b3_lightning.model.metrics import RetrievalMetrics
+from b3_lightning.types import ChunkSettings
 
 
 @dataclass(frozen=True)
@@ -61,9 +70,10 @@ class ContrastiveModule(L.LightningModule):
         embedder: folder or name of a SentenceTransformer or transformers model, or a small architecture to build.
         load: how a folder or name is loaded.
         lora: train an adapter instead of all weights.
-        temperature: of InfoNCE (B3 trains at 0.02).
-        symmetric: add the loss of targets against queries.
+        loss: temperature, masks, directions, widths.
         optim: optimiser and schedule.
+        chunks: embed the batch in chunks and keep no activations (GradCache): any batch size in the memory of a chunk,
+            for a second forward pass.
     """
 
     def __init__(
@@ -71,16 +81,17 @@ class ContrastiveModule(L.LightningModule):
         embedder: str | SmallEmbedder,
         load: LoadSettings = LoadSettings(),  # noqa: B008 - frozen
         lora: LoraSettings | None = None,
-        temperature: float = 0.02,
-        symmetric: bool = False,
+        loss: LossSettings = LossSettings(),  # noqa: B008 - frozen
         optim: OptimSettings = OptimSettings(),
+        chunks: ChunkSettings | None = None,
     ) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"temperature={temperature} must be above 0")
         self.source, self.load, self.lora = embedder, load, lora
-        self.temperature, self.symmetric, self.optim = temperature, symmetric, optim
+        self.loss, self.optim, self.chunks = loss, optim, chunks
+        self.temperature = Temperature(loss)
         self.metrics = RetrievalMetrics()
+        self._cache: GradCache | None = None
+        self._seed: int | None = None
 
     @property
     def embedder(self) -> SentenceTransformer:
@@ -97,6 +108,13 @@ class ContrastiveModule(L.LightningModule):
         name = self.source if isinstance(self.source, str) else type(self.source).__name__
         check_supports(self.model, f"model.embedder={name}", self._modalities())
         self.model.train()  # what is loaded comes in evaluation mode: without dropout, with frozen batch statistics
+        if self.loss.learn_temperature == "per_task":
+            self.temperature = Temperature(self.loss, self.trainer.datamodule.n_tasks)  # type: ignore[attr-defined]
+        if self.chunks is not None:
+            check_chunkable(self.model)
+        n_dims = self.model.get_embedding_dimension()
+        if n_dims is not None and max(self.loss.matryoshka_dims, default=0) > n_dims:
+            raise ValueError(f"model.loss.matryoshka_dims={self.loss.matryoshka_dims}: {name} has {n_dims} dimensions")
 
     def load_teacher(self, path: str) -> SentenceTransformer:
         """Load another model the way the student is loaded, without adapter and without checkpointing."""
@@ -112,32 +130,70 @@ class ContrastiveModule(L.LightningModule):
         features: dict[str, Any] = self.embedder.preprocess(inputs)
         return features
 
-    def embed(self, features: Sequence[tuple[Tensor, dict[str, Any]]]) -> Tensor:
-        """(positions, tensors) of each kind of input in a batch -> (B, D) float32 unit vectors, in positions' order."""
-        vector_PD = torch.cat([self.embedder(dict(tensors))["sentence_embedding"] for _, tensors in features])
-        order_P = torch.cat([position_P for position_P, _ in features]).argsort()
-        return F.normalize(vector_PD[order_P].float(), dim=1)
+    def encode(self, tensors: dict[str, Any]) -> Tensor:
+        """Features of one kind of input -> (P, D) vectors."""
+        vector_PD: Tensor = self.embedder(dict(tensors))["sentence_embedding"]
+        return vector_PD
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        query_BD, target_BD = self.embed(batch["query"]), self.embed(batch["target"])
-        loss = self._loss(query_BD, target_BD, batch)
+    def embed(self, features: Sequence[tuple[Tensor, dict[str, Any]]], encode: Encode | None = None) -> Tensor:
+        """(positions, tensors) of each kind of input in a batch -> (B, D) float32 unit vectors, in positions' order."""
+        vector_PD = torch.cat([(encode or self.encode)(tensors) for _, tensors in features])
+        order_P = torch.cat([position_P for position_P, _ in features]).argsort()
+        return F.normalize(vector_PD[order_P].to(torch.promote_types(vector_PD.dtype, torch.float32)), dim=1)
+
+    def on_train_start(self) -> None:
+        if self.chunks is not None:
+            check_strategy(self.trainer.strategy)
+            model: Any = self.trainer.strategy.model
+            if isinstance(model, DistributedDataParallel):
+                # every chunk would be averaged over processes; ``backward`` does it once, for all of them
+                model.require_backward_grad_sync = False
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # what dropout draws depends on the step alone, so that a resumed run repeats it; each process draws its own
+        if self._seed is None:
+            self._seed = torch.initial_seed() % 2**32
+        step = (self._seed * 10_007 + self.current_epoch) * 1_000_003 + batch_idx
+        torch.manual_seed((step * 65_537 + self.global_rank) % 2**63)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        self.temperature.keep_in_range()
+        self._cache = None if self.chunks is None else GradCache(self.encode)
+        encode = None if self._cache is None else self._cache.encode
+        query_BD, target_BD = self.embed(batch["query"], encode), self.embed(batch["target"], encode)
+        negative_ND = self._embed_negatives(batch, encode, query_BD)
+        with torch.autocast(self.device.type, enabled=False):  # cosines of bfloat16 would be off by 0.004 / temperature
+            temperature = self.temperature(batch["task"])
+            loss, contrast = contrast_batch(
+                query_BD,
+                target_BD,
+                negative_ND,
+                batch,
+                settings=self.loss,
+                temperature=temperature,
+                rank=self.global_rank,
+            )
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(query_BD))
         self.log("train/learning_rate", self.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
-        return loss
+        if isinstance(temperature, Tensor):
+            self.log("train/temperature", temperature.detach())
+        return {"loss": loss, "contrast": contrast}
 
-    def _loss(self, query_BD: Tensor, target_BD: Tensor, batch: dict[str, Any]) -> Tensor:
-        query_key_B, target_key_B = batch["query_key_B"], batch["target_key_B"]
-        key_G2 = gather_rows(torch.stack([query_key_B, target_key_B], dim=1))
-        ignore_BG = same_key(query_key_B, key_G2[:, 0], target_key_B, key_G2[:, 1])
-        loss_of = partial(
-            info_nce,
-            temperature=self.temperature,
-            first_row=self.global_rank * len(query_BD),
-            ignore_BG=ignore_BG,
-        )
-        if not self.symmetric:
-            return loss_of(query_BD, gather_rows(target_BD))
-        return (loss_of(query_BD, gather_rows(target_BD)) + loss_of(target_BD, gather_rows(query_BD))) / 2
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        loss.backward(*args, **kwargs)
+        if self._cache is not None:
+            self._cache.backward(self.trainer.precision_plugin.forward_context)
+            average_gradients(self.parameters())
+
+    def _embed_negatives(self, batch: dict[str, Any], encode: Encode | None, query_BD: Tensor) -> Tensor | None:
+        if "negative" not in batch:
+            return None
+        features = batch["negative"]
+        place_ND = query_BD.new_zeros(len(batch["negative_row_N"]), query_BD.shape[1])
+        if not features:
+            return place_ND
+        there_P = torch.cat([position_P for position_P, _ in features]).sort().values
+        return place_ND.index_copy(0, there_P, self.embed(features, encode))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self._evaluate(batch, "val")
@@ -147,10 +203,11 @@ class ContrastiveModule(L.LightningModule):
 
     def _evaluate(self, batch: dict[str, Any], split: str) -> None:
         query_BD, target_BD = self.embed(batch["query"]), self.embed(batch["target"])
-        keys = {name: batch[name] for name in ("query_key_B", "target_key_B")}
-        self.metrics.update(query_BD, target_BD, row_B=batch["row_B"], **keys)
-        ignore_BB = same_key(keys["query_key_B"], keys["query_key_B"], keys["target_key_B"], keys["target_key_B"])
-        loss = info_nce(query_BD, target_BD, temperature=self.temperature, ignore_BG=ignore_BB)
+        rows = Rows(batch["row_B"], batch["query_key_B"], batch["target_key_B"])
+        self.metrics.update(query_BD, target_BD, **rows._asdict())
+        with torch.autocast(self.device.type, enabled=False):
+            score_BB = query_BD @ target_BD.T
+            loss = info_nce(score_BB, temperature=self.temperature(), ignore_BC=same_key(rows, rows))
         self.log(f"{split}/loss", loss, batch_size=len(query_BD), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
@@ -185,9 +242,43 @@ class ContrastiveModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["b3_vocabulary"] = small_vocabulary(self.embedder)
+        checkpoint["b3_seed"] = self._seed
+        if self.lora is not None:
+            frozen = self._frozen()
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name: value for name, value in state.items() if name not in frozen}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.training:
+            # the model is restored before the data: other pairs should be named before weights of another shape are
+            self.trainer.datamodule.refuse_other_batches(checkpoint)  # type: ignore[attr-defined]
+        # a validation that was cut short begins anew: Lightning would go on in its middle, without the targets before
+        for count in _validation_progress(checkpoint):
+            count.update(dict.fromkeys(count, 0))
+        self._seed = checkpoint.get("b3_seed")
+        state = checkpoint["state_dict"]
+        if self.lora is not None:
+            # only what is trained was saved; the rest is as it was loaded
+            state |= {name: value for name, value in self.state_dict().items() if name in self._frozen()}
+        if self.loss.learn_temperature == "per_task" and "temperature.log_scale_T" in state:
+            self.temperature = Temperature(self.loss, len(state["temperature.log_scale_T"])).to(self.device)
         vocabulary = checkpoint.get("b3_vocabulary")
         if vocabulary is not None and isinstance(self.source, SmallEmbedder):
             # subwords were learned from the training texts; those of the checkpoint count, whatever pairs are given now
             self.model = self.source.assemble(Tokenizer.from_str(vocabulary)).to(self.device).train()
+
+    @torch.no_grad()
+    def sync_buffers(self) -> None:
+        """Give every process the first one's buffers: after a step, each has batch statistics of its own."""
+        if world_size() > 1:
+            for buffer in self.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def _frozen(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+
+
+def _validation_progress(checkpoint: dict[str, Any]) -> list[dict[str, int]]:
+    loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    progress = loop.get("epoch_loop.val_loop.batch_progress", {})
+    return [progress["current"]] if "current" in progress else []

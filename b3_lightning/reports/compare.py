@@ -60,7 +60,8 @@ def keep_old_metrics(folder: Path) -> None:
     if path.is_file():
         with path.open(encoding="utf-8", newline="") as file:
             step = max((int(row["step"]) for row in csv.DictReader(file)), default=0)
-        path.rename(folder / f"metrics-until-{step:08d}.csv")
+        n_before = len(list(folder.glob("metrics-until-*.csv")))
+        path.rename(folder / f"metrics-until-{step:08d}-{n_before}.csv")
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from b3_lightning.data import PairTable
 from b3_lightning.mining import MinedPlan
-from b3_lightning.mining.store import write_atomic
+from b3_lightning.mining.store import write_text
 from b3_lightning.types import PADDING
 
 _N_SHOWN = 5
@@ -48,11 +48,7 @@ def write_plan_report(mined: MinedPlan, pairs: PairTable, path: Path) -> None:
                 both = (_cell(item.text or item.image) for item in (queries[row], targets[row]))
                 lines.append(f"| {row} | {' | '.join(both)} |")
         lines.append("")
-    write_atomic(path, lambda temporary: _write(temporary, "\n".join(lines)))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_text(path, "\n".join(lines))
 
 
 def _cell(text: str) -> str:

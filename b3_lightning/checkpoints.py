@@ -1,0 +1,66 @@
+"""Checkpoint files: whole or absent, checked when they are read, and never unpickled."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from b3_lightning.mining.store import write_atomic
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """Saves every so many steps, but not where Lightning could not go on exactly.
+
+    Not after an epoch's last batch nor before a validation, which it would leave out, and not between two batches whose
+    gradients are added up, which it would lose; at an epoch's end another callback saves.
+    """
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        within_step = (batch_idx + 1) % trainer.accumulate_grad_batches
+        every = trainer.val_check_batch
+        validates = isinstance(every, int) and (batch_idx + 1) % every == 0
+        if not trainer.is_last_batch and not within_step and not validates:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
+class CheckedCheckpointIO(TorchCheckpointIO):
+    """Write atomically; refuse what is truncated, changed, or holds more than tensors and plain values."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write one file; what stood there before stays until the new one is whole."""
+        if storage_options is not None:
+            raise TypeError("a checkpoint is written to a local path, without storage_options")
+        write_atomic(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint; ``weights_only`` is always on.
+
+        Raises:
+            FileNotFoundError: where there is none.
+            ValueError: where it is damaged or not one.
+        """
+        file = Path(path)
+        if not file.is_file():
+            raise FileNotFoundError(f"no checkpoint {file}")
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()  # torch itself does not compare the checksums that it wrote
+            if damaged is not None:
+                raise ValueError(f"{file} is damaged (checksum of {damaged}); resume from another checkpoint")
+            checkpoint: dict[str, Any] = torch.load(file, map_location=map_location, weights_only=True)
+        except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
+            raise ValueError(f"{file} is truncated or no checkpoint ({error}); resume from another one") from error
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"{file} holds more than tensors and plain values, so it is not read") from error
+        if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+            raise ValueError(f"{file} is no checkpoint of a run: it has no state_dict")
+        return checkpoint

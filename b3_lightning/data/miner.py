@@ -1,0 +1,202 @@
+"""From the training pairs to a plan: vectors of teacher, student or both, then ``mine``, shared over the processes."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import lightning as L
+import torch
+
+from b3_lightning.data.splits import Split
+from b3_lightning.data.teacher import (
+    VECTOR_SUFFIXES,
+    PairEncoder,
+    check_vectors,
+    encoder_fingerprint,
+    student_embed,
+    teacher_embed,
+)
+from b3_lightning.mining import MinedPlan, MiningSettings, Processes, Stages, fingerprint, help_mine, mine
+from b3_lightning.mining.store import sha256
+from b3_lightning.progress import StageProgress
+from b3_lightning.types import Embeddings
+
+log = logging.getLogger(__name__)
+
+Miner = Literal["teacher", "student"]
+
+
+@dataclass(frozen=True)
+class MiningRequest:
+    """Whose vectors rank negatives, and what differs from the settings.
+
+    Args:
+        miner: ``student`` is the model in training.
+        teacher_weight: of the teacher's cosines in those that the student mines with; the rest is the student's.
+        first_rank: instead of the one set.
+    """
+
+    miner: Miner = "teacher"
+    teacher_weight: float = 0.0
+    first_rank: int | None = None
+
+
+class NewPlan(NamedTuple):
+    """A plan, what it was mined from and where it lies, and the seconds that it took."""
+
+    mined: MinedPlan
+    about: dict[str, str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PairMiner:
+    """Mines the training pairs as ``PairsDataModule`` is set; every process of the trainer calls it alike."""
+
+    train: Split
+    trainer: L.Trainer
+    teacher: str
+    mining: MiningSettings
+    image_root: Path
+    cache: Path
+    student_cache: Path
+    batch_size: int
+    eval_batch_size: int
+    num_workers: int
+
+    @property
+    def processes(self) -> Processes:
+        """Those of the trainer."""
+        return Processes(
+            self.trainer.global_rank, self.trainer.world_size, self.trainer.strategy.reduce_boolean_decision
+        )
+
+    def new_plan(self, folder: Path, request: MiningRequest, *, in_use: str | None) -> NewPlan | None:
+        """Mine into a folder; rank 0 makes the plan, every rank reads it. Where one process fails, all do.
+
+        None where ``in_use``, the key of the plan in use, says that nothing changed that it was mined from.
+        """
+        start = time.perf_counter()
+        with self.processes.failing_together():
+            key = self.key(request)
+            if key == in_use:
+                log.info("neither weights nor settings changed, so the plan in use stays")
+                return None
+            mined = self.mine(request)
+            if mined is not None:
+                mined.save(folder)
+            self.processes.barrier()
+            if mined is not None:
+                shutil.rmtree(self.student_cache, ignore_errors=True)  # its vectors serve one plan only
+            about = {"key": key, "folder": folder.name, "plan_sha256": sha256(folder / "plan.json")}
+            mined = MinedPlan.load(folder)
+            self.processes.barrier()
+        return NewPlan(mined, about, time.perf_counter() - start)
+
+    def mine(self, request: MiningRequest) -> MinedPlan | None:
+        """Embed the pairs and mine them; all processes share the work, the first returns the plan."""
+        trainer = self.trainer
+        stages = Stages(self.cache if self._weights(request) == {"teacher"} else self.student_cache, self.processes)
+        enabled = trainer.progress_bar_callback is not None and trainer.is_global_zero
+        with stages.locked(), StageProgress(enabled=enabled) as progress:
+            embeddings = self._vectors(request, stages, progress)
+            about: dict[str, Any] = {
+                "settings": self._settings(request),
+                "target_keys": self.train.keys["target"],
+                "query_keys": self.train.keys["query"],
+                "groups": self.train.pairs.groups,
+                "tasks": self.train.pairs.tasks,
+                "stages": stages,
+            }
+            vector_pair = embeddings.query_ND, embeddings.target_ND
+            if not trainer.is_global_zero:
+                help_mine(*vector_pair, **about)
+                return None
+            mined = mine(*vector_pair, **about, batch_size=self.batch_size, progress=progress)
+        log.info("mined in %.1f s: %s", sum(mined.seconds.values()), _in_words(mined.summary()))
+        return mined
+
+    def key(self, request: MiningRequest) -> str:
+        """Of all that a plan depends on: equal keys, equal plans."""
+        weights = self._weights(request)
+        student = self._student_fingerprint if "student" in weights else ""
+        settings = self._settings(request)
+        return fingerprint(
+            student=student,
+            teacher=[self.teacher, request.teacher_weight] if "teacher" in weights else [],
+            settings=repr(replace(settings, memory_budget_gib=1.0)),
+            pairs=self.train.fingerprint,
+        )
+
+    @cached_property
+    def _student_fingerprint(self) -> str:
+        module: Any = self.trainer.lightning_module
+        module.sync_buffers()
+        return encoder_fingerprint(module.embedder)
+
+    def _settings(self, request: MiningRequest) -> MiningSettings:
+        return self.mining if request.first_rank is None else replace(self.mining, first_rank=request.first_rank)
+
+    def _weights(self, request: MiningRequest) -> set[str]:
+        if request.miner == "teacher" and self.teacher != "student":
+            return {"teacher"}
+        if self.teacher != "student" and request.teacher_weight > 0:
+            return {"teacher", "student"}
+        return {"student"}
+
+    def _vectors(self, request: MiningRequest, stages: Stages, progress: StageProgress) -> Embeddings:
+        whose = self._weights(request)
+        if whose == {"teacher"}:
+            return self._teacher_vectors(stages, progress)
+        module: Any = self.trainer.lightning_module
+        with student_embed(self.trainer) as embed:
+            student = self._encoder(stages, progress).encode(module.embedder, embed, self._student_fingerprint)
+        if whose == {"student"}:
+            return student
+        teacher = self._teacher_vectors(Stages(self.cache, self.processes), progress)
+        return mix(teacher, student, request.teacher_weight)
+
+    def _teacher_vectors(self, stages: Stages, progress: StageProgress) -> Embeddings:
+        if self.teacher.endswith(VECTOR_SUFFIXES):
+            return check_vectors(self.teacher, len(self.train.pairs))
+        module: Any = self.trainer.lightning_module
+        teacher = module.load_teacher(self.teacher)
+        embed = teacher_embed(teacher, self.trainer.strategy.root_device)
+        return self._encoder(stages, progress).encode(teacher, embed, encoder_fingerprint(teacher))
+
+    def _encoder(self, stages: Stages, progress: StageProgress) -> PairEncoder:
+        return PairEncoder(
+            self.train.pairs,
+            self.image_root,
+            contents=self.train.contents,
+            precision=str(self.trainer.precision),
+            batch_size=self.eval_batch_size,
+            num_workers=self.num_workers,
+            stages=stages,
+            progress=progress,
+        )
+
+
+def mix(teacher: Embeddings, student: Embeddings, teacher_weight: float) -> Embeddings:
+    """Vectors whose cosines are the weighted means of the teacher's and the student's.
+
+    Unit vectors scaled by the roots of the weights and put end to end have just these products.
+    """
+    sides = []
+    for theirs_ND, own_ND in ((teacher.query_ND, student.query_ND), (teacher.target_ND, student.target_ND)):
+        sides.append(torch.cat([teacher_weight**0.5 * theirs_ND, (1 - teacher_weight) ** 0.5 * own_ND], dim=1))
+    return Embeddings.from_arrays(*sides)
+
+
+def _in_words(summary: dict[str, float]) -> str:
+    hardness = " / ".join(f"{summary[f'hardness_{name}']:.2f}" for name in ("random", "mined", "best"))
+    return (
+        f"{summary['n_edges']:,.0f} edges, {summary['kept_frac']:.1%} of them inside {summary['n_clusters']:,.0f} "
+        f"clusters, {summary['n_fillers']:,.0f} fillers; hardness {hardness} (random / mined / best)"
+    )

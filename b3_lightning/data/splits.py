@@ -1,0 +1,74 @@
+"""One split of the data, read and checked: its pairs, and what tells whether two items are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from b3_lightning.data.images import ImageCheck, check_images
+from b3_lightning.data.pairs import TEXT_AND_IMAGE, Item, Modality, PairSource, PairTable, load_pairs, modality_of
+from b3_lightning.mining import fingerprint
+
+Content = tuple[str, str]
+Sources = str | PairSource | list[str | PairSource]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows with their ``keys`` (N,) and ``contents`` (text, image digest) by side; equal contents share a key.
+
+    ``negative_keys`` are of the hard negatives of the files, equal to a target's where they hold the same.
+    """
+
+    pairs: PairTable
+    keys: dict[str, Tensor]
+    contents: dict[str, list[Content]]
+    negative_contents: list[list[Content]]
+    negative_keys: list[list[int]]
+
+    @classmethod
+    def read(cls, sources: Sources, image_root: Path, image_check: ImageCheck) -> Split:
+        """Read and check files, columns and images.
+
+        Raises:
+            FileNotFoundError: where a file is missing.
+            ValueError: on anything wrong with rows or images.
+        """
+        pairs = load_pairs(sources)
+        digests = check_images(pairs.image_paths(), image_root, how=image_check)
+        contents = {side: [_content(item, digests) for item in pairs.items(side)] for side in TEXT_AND_IMAGE}
+        codes: dict[str, dict[Content, int]] = {side: {} for side in contents}
+        keys = {side: torch.tensor([_code(content, codes[side]) for content in contents[side]]) for side in contents}
+        negatives = [[_content(item, digests) for item in items] for items in pairs.negatives]
+        negative_keys = [[_code(content, codes["target"]) for content in listed] for listed in negatives]
+        return cls(pairs, keys, contents, negatives, negative_keys)
+
+    def modalities(self, n_file_negatives: int = 0) -> set[Modality]:
+        """What the pairs hold: text, images, both in one item; the first few negatives of every row included."""
+        found = {modality_of(item) for side in TEXT_AND_IMAGE for item in self.pairs.items(side)}
+        return found | {modality_of(item) for items in self.pairs.negatives for item in items[:n_file_negatives]}
+
+    def texts(self) -> Iterator[str]:
+        """Every text, for learning a vocabulary."""
+        for side in TEXT_AND_IMAGE:
+            yield from (item.text for item in self.pairs.items(side) if item.text)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that the rows hold, in their order."""
+        return fingerprint(
+            tasks=self.pairs.tasks, groups=self.pairs.groups, negatives=self.negative_contents, **self.contents
+        )
+
+
+def _content(item: Item, digests: dict[str, str]) -> Content:
+    return item.text, digests[item.image] if item.image else ""
+
+
+def _code(content: Content, codes: dict[Content, int]) -> int:
+    return codes.setdefault(content, len(codes))

@@ -1,0 +1,65 @@
+"""The command line on two processes, against one: what is trained, and what validation finds."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+from test_cli import command
+
+TEXTS = ["a large red circle", "which picture looks like number 7", "small teal bar"]
+
+
+def _fit(folder: Path, shapes: Path, model: str, *settings: str) -> Path:
+    pairs = shapes / "text-text.parquet"
+    done = command(
+        "fit", f"--run.dir={folder}", "--run.wandb=disabled", f"--model.embedder={model}", f"--data.teacher={model}",
+        f"--data.train_pairs={pairs}", f"--data.val_pairs={pairs}", "--data.batch_size=12",
+        "--data.mining={first_rank: 1, n_ranks: 10, cluster_size: 4, n_negatives: 2}", "--trainer.max_epochs=2",
+        "--trainer.accelerator=cpu", "--trainer.precision=64-true", "--trainer.enable_progress_bar=false",
+        "--trainer.gradient_clip_val=0.5", "--model.loss={temperature: 0.05, symmetric: true, mask_margin: 0.2}",
+        "--model.optim.learning_rate=0.001", *settings,
+        cwd=folder.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def _validations(run: Path) -> list[list[float]]:
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("val/mrr")]
+    return [[float(row[name]) for name in ("val/hit@1", "val/hit@10", "val/mrr")] for row in rows]
+
+
+def _vectors(run: Path) -> np.ndarray[Any, Any]:
+    return np.asarray(SentenceTransformer(str(run / "export"), device="cpu").encode(TEXTS))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, shapes: Path, models: dict[str, str]) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return _fit(folder, shapes, models["bert_without_dropout"], "--trainer.devices=1")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("--trainer.devices=1", "--model.chunks.items=5"),
+        # a BERT has a pooler that nothing uses
+        ("--trainer.devices=2", "--trainer.strategy=ddp_find_unused_parameters_true"),
+        ("--trainer.devices=2", "--trainer.strategy=ddp", "--model.chunks.items=5"),
+    ],
+    ids=["chunks", "processes", "chunks-and-processes"],
+)
+def test_chunks_and_processes_train_what_one_does_whole(
+    settings: tuple[str, ...], whole: Path, shapes: Path, models: dict[str, str], tmp_path: Path
+) -> None:
+    run = _fit(tmp_path / "run", shapes, models["bert_without_dropout"], *settings)
+    assert np.allclose(_vectors(run), _vectors(whole), atol=1e-6)
+    assert np.allclose(_validations(run), _validations(whole), atol=1e-6)
+    start = SentenceTransformer(models["bert_without_dropout"], device="cpu").encode(TEXTS, normalize_embeddings=True)
+    assert not np.allclose(_vectors(whole), start, atol=1e-2)

@@ -1,0 +1,164 @@
+"""Killed runs that go on to the same losses, checkpoints that are refused, and what a checkpoint holds."""
+
+from __future__ import annotations
+
+import csv
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Run
+
+from b3_lightning.checkpoints import CheckedCheckpointIO
+from b3_lightning.data.sampler import EpochBatches
+
+KILLED = """
+import os, signal, sys
+from b3_lightning.cli import main
+from b3_lightning.model import ContrastiveModule
+step, killed_at = ContrastiveModule.training_step, int(sys.argv[1])
+def until(self, batch, batch_idx):
+    if self.trainer.global_step == killed_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, batch, batch_idx)
+ContrastiveModule.training_step = until
+main(sys.argv[2:])
+"""
+
+
+def _settings(path: str) -> list[str]:
+    """A text model with dropout, mined anew before every epoch from the second on: 3 epochs of 6 batches."""
+    return [
+        f"--model.embedder={path}",
+        "--data.teacher=student",
+        "--remine.enabled=true",
+        "--trainer.max_epochs=3",
+        "--trainer.log_every_n_steps=1",
+        "--run.checkpoint_every_n_steps=2",
+        "--hardness.every_n_steps=1",
+    ]
+
+
+def _losses(run: Path) -> dict[int, str]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return {int(row["step"]): row["train/loss"] for row in csv.DictReader(file) if row.get("train/loss")}
+
+
+@pytest.fixture
+def whole(fit: Run, models: dict[str, str]) -> Path:
+    return fit("text-text", *_settings(models["bert"]), name="whole")
+
+
+@pytest.mark.parametrize(("killed_at", "goes_on_at"), [(9, 8), (13, 12), (12, 12)])
+def test_a_run_killed_in_an_epoch_goes_on_to_the_same_losses(
+    killed_at: int, goes_on_at: int, whole: Path, fit: Run, models: dict[str, str], shapes: Path, tmp_path: Path
+) -> None:
+    pairs = shapes / "text-text.parquet"
+    folder = tmp_path / "killed"
+    command = [
+        "fit", f"--run.dir={folder}", "--run.wandb=disabled", f"--data.train_pairs={pairs}",
+        f"--data.val_pairs={pairs}", f"--data.image_root={shapes}", "--data.batch_size=16",
+        "--data.mining={first_rank: 1, n_ranks: 10, cluster_size: 4}", "--trainer.accelerator=cpu",
+        "--trainer.devices=1", "--trainer.enable_progress_bar=false", "--trainer.num_sanity_val_steps=0",
+        *_settings(models["bert"]),
+    ]  # fmt: skip
+    script = [sys.executable, "-c", KILLED, str(killed_at), *command]
+    done = subprocess.run(script, cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    last = folder / "checkpoints" / "last.ckpt"
+    fit("text-text", *_settings(models["bert"]), f"--ckpt_path={last}", name="killed")
+    found, expected = _losses(folder), _losses(whole)
+    assert sorted(found) == list(range(goes_on_at, 18))
+    assert found == {step: loss for step, loss in expected.items() if step >= goes_on_at}
+
+
+def test_a_checkpoint_of_other_batches_is_refused(whole: Path, fit: Run, models: dict[str, str]) -> None:
+    last = whole / "checkpoints" / "last.ckpt"
+    with pytest.raises(SystemExit, match=r"batch_size \(16 then, 8 now\)"):
+        fit("text-text", *_settings(models["bert"]), f"--ckpt_path={last}", "--data.batch_size=8", name="other")
+    with pytest.raises(SystemExit, match="differs in pairs"):
+        fit("text-image", *_settings(models["clip"]), f"--ckpt_path={last}", name="other")
+
+
+def test_a_plan_that_was_changed_is_refused(whole: Path, fit: Run, models: dict[str, str]) -> None:
+    last = whole / "checkpoints" / "last.ckpt"
+    plan = whole / "plans" / "epoch-0002" / "plan.json"
+    plan.write_text(plan.read_text() + " ")
+    with pytest.raises(SystemExit, match="is not the plan that the checkpoint was trained on"):
+        fit("text-text", *_settings(models["bert"]), f"--ckpt_path={last}", "--trainer.max_epochs=4", name="whole")
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
+    files = CheckedCheckpointIO()
+    path = tmp_path / "a.ckpt"
+    content = {"state_dict": {"weight": torch.arange(1000.0)}, "epoch": 3}
+    files.save_checkpoint(content, path)
+    assert torch.equal(files.load_checkpoint(path)["state_dict"]["weight"], torch.arange(1000.0))
+    whole = path.read_bytes()
+    place = whole.index(torch.tensor([500.0, 501.0]).numpy().tobytes())
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(ValueError, match="is damaged"):
+        files.load_checkpoint(path)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="truncated or no checkpoint"):
+        files.load_checkpoint(path)
+    torch.save({"weight": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match="it has no state_dict"):
+        files.load_checkpoint(path)
+    torch.save({"state_dict": {}, "path": Path()}, path)
+    with pytest.raises(ValueError, match="more than tensors and plain values"):
+        files.load_checkpoint(path)
+    path.write_bytes(pickle.dumps({"state_dict": {}}))
+    with pytest.raises(ValueError, match="truncated or no checkpoint"):
+        files.load_checkpoint(path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        files.load_checkpoint(tmp_path / "b.ckpt")
+
+
+def test_a_failed_write_keeps_the_checkpoint_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, path = CheckedCheckpointIO(), tmp_path / "last.ckpt"
+    files.save_checkpoint({"state_dict": {}, "epoch": 1}, path)
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.save_checkpoint({"state_dict": {}, "epoch": 2}, path)
+    assert files.load_checkpoint(path)["epoch"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_with_lora_a_checkpoint_holds_what_is_trained_and_goes_on(fit: Run, models: dict[str, str]) -> None:
+    settings = [
+        f"--model.embedder={models['qwen2_vl']}",
+        "--model.load.pooling=lasttoken",
+        "--model.lora={r: 2, dropout: 0.1}",
+        "--data.batches=random",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.limit_train_batches=2",
+        "--model.optim={schedule: constant}",
+    ]
+    whole = fit("text-text", *settings, "--trainer.max_epochs=2", name="whole")
+    half = fit("text-text", *settings, "--trainer.max_epochs=1", name="half")
+    last = half / "checkpoints" / "last.ckpt"
+    names = CheckedCheckpointIO().load_checkpoint(last)["state_dict"]
+    assert names
+    assert all("lora_" in name for name in names)
+    fit("text-text", *settings, "--trainer.max_epochs=2", f"--ckpt_path={last}", name="half")
+    assert _losses(half) == {step: loss for step, loss in _losses(whole).items() if step >= 2}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_any_number_of_processes_goes_on_with_the_same_global_batches(world_size: int) -> None:
+    ids = torch.arange(48).view(6, 8)
+    shares = [EpochBatches(ids, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for share in shares:
+        share.first_batch = 4
+        assert len(share) == 6
+    assert torch.cat([torch.tensor(list(share)) for share in shares], dim=1).tolist() == ids[4:].tolist()
