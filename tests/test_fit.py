@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from b3_lightning.cli import main
 from b3_lightning.data.collate import prepare
 from b3_lightning.data.pairs import Item
 from b3_lightning.mining import MinedPlan
+from b3_lightning.model.contrast import contrast_batch
 from b3_lightning.model.embedder import LoadSettings, LoraSettings, load_embedder
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -105,10 +108,53 @@ def test_an_adapter_is_exported_alone_or_merged(merged: bool, fit: Run, models: 
     assert not np.allclose(found, before, atol=1e-3)
     if not merged:  # peft reads the adapter too
         base = PeftModel.from_pretrained(Qwen2VLModel.from_pretrained(models["qwen2_vl"]), run / "export")
-        values = {name.split("model.", 2)[-1]: value for name, value in base.state_dict().items() if "lora_" in name}
-        expected = {name.split("model.", 2)[-1]: value for name, value in trained.items() if "lora_" in name}
+        values, expected = (
+            {name[name.index("language_model") :]: value for name, value in state.items() if "lora_" in name}
+            for state in (base.state_dict(), trained)
+        )
         assert values.keys() == expected.keys()
         assert all(torch.equal(values[name], expected[name]) for name in values)
+
+
+def test_the_loss_is_never_computed_below_float32(
+    fit: Run, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+
+    def look(query_BD: torch.Tensor, *rest: Any, **about: Any) -> Any:
+        seen.add((query_BD.dtype, torch.is_autocast_enabled("cpu")))
+        return contrast_batch(query_BD, *rest, **about)
+
+    monkeypatch.setattr("b3_lightning.model.module.contrast_batch", look)
+    settings = (f"--model.embedder={models['bert']}", "--data.batches=random", "--trainer.max_epochs=1")
+    fit("text-text", *settings, "--trainer.precision=bf16-mixed")
+    assert seen == {(torch.float32, False)}
+
+
+def test_learned_temperatures_of_a_run_and_its_validation_alone(
+    fit: Run, models: dict[str, str], shapes: Path, tmp_path: Path
+) -> None:
+    loss = "{learn_temperature: per_task, temperature: 0.05, matryoshka_dims: [8, 16], symmetric: true, hardness: 1.0}"
+    pairs = [{"path": str(shapes / f"{kind}.parquet"), "task": kind} for kind in ("text-text", "both-image")]
+    settings = [f"--model.embedder={models['qwen2_vl']}", "--model.load.pooling=lasttoken", f"--model.loss={loss}"]
+    run = fit(
+        "text-text", *settings, f"--data.train_pairs={json.dumps(pairs)}", "--data.batches=random",
+        "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1", "--model.optim.learning_rate=0.01",
+        "--hardness.every_n_steps=1",
+    )  # fmt: skip
+    rows = [row for row in _rows(run) if row.get("train/temperature")]
+    assert len({row["train/temperature"] for row in rows}) > 2
+    assert all(0.03 < float(row["train/temperature"]) < 0.07 for row in rows)
+    assert {"train/text-text/in_batch_accuracy", "train/both-image/masked_frac"} <= set(_rows(run)[0])
+    main(
+        [
+            "validate", *settings, f"--data.val_pairs={shapes / 'text-text.parquet'}", f"--run.dir={tmp_path}/alone",
+            f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}", "--trainer.accelerator=cpu",
+            "--trainer.enable_progress_bar=false",
+        ]
+    )  # fmt: skip
+    with pytest.raises(SystemExit, match="has 32 dimensions"):
+        fit("text-text", *settings[:2], "--model.loss={matryoshka_dims: [64]}", "--data.batches=random", name="wide")
 
 
 def test_the_student_mines_for_itself_and_logs_what_changed(fit: Run) -> None:

@@ -30,7 +30,7 @@ class BatchPlan:
         first_epoch: the plan takes over at this epoch from an older one.
         carried: the rows that the older plan left over; they come first.
         mined_frac: epoch -> the share of clusters that is kept from then on; the rows of the others, another share each
-            epoch, are dealt at random, and batches hold either mined or random clusters. 1 before the first.
+            epoch, are dealt at random, and nearly all batches hold either mined or random clusters. 1 before the first.
 
     Raises:
         ValueError: where B is no multiple of K, or exceeds the rows of a task, or a share lies outside 0 to 1.
