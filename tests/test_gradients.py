@@ -100,7 +100,10 @@ def _backward(model: nn.Module, rank: int, world_size: int, chunk: int | None, *
         average_gradients(model.parameters())
 
 
-WAYS_OVER_PROCESSES = {2: [(None, False), (5, False), (None, True), (5, True)], 3: [(None, False)]}
+WAYS_OVER_PROCESSES: dict[int, list[tuple[int | None, bool]]] = {
+    2: [(None, False), (5, False), (None, True), (5, True)],
+    3: [(None, False)],
+}
 """By number of processes: chunk, and whether one process has no hard negative."""
 
 
