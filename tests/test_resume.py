@@ -15,6 +15,7 @@ import torch
 from conftest import Run
 
 from b3_lightning.checkpoints import CheckedCheckpointIO
+from b3_lightning.cli import main
 from b3_lightning.data.sampler import EpochBatches
 
 KILLED = """
@@ -49,25 +50,31 @@ def _losses(run: Path) -> dict[int, str]:
         return {int(row["step"]): row["train/loss"] for row in csv.DictReader(file) if row.get("train/loss")}
 
 
-@pytest.fixture
-def whole(fit: Run, models: dict[str, str]) -> Path:
-    return fit("text-text", *_settings(models["bert"]), name="whole")
+def _command(folder: Path, shapes: Path, model: str) -> list[str]:
+    pairs = shapes / "text-text.parquet"
+    return [
+        "fit", f"--run.dir={folder}", "--run.wandb=disabled", f"--data.train_pairs={pairs}",
+        f"--data.val_pairs={pairs}", f"--data.image_root={shapes}", "--data.batch_size=16",
+        "--data.mining={first_rank: 1, n_ranks: 10, cluster_size: 4}", "--trainer.accelerator=cpu",
+        "--trainer.devices=1", "--trainer.enable_progress_bar=false", "--trainer.num_sanity_val_steps=0",
+        *_settings(model),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, shapes: Path, models: dict[str, str]) -> Path:
+    """A run that was never stopped."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    main(_command(folder, shapes, models["bert"]))
+    return folder
 
 
 @pytest.mark.parametrize(("killed_at", "goes_on_at"), [(9, 8), (13, 12), (12, 12)])
 def test_a_run_killed_in_an_epoch_goes_on_to_the_same_losses(
     killed_at: int, goes_on_at: int, whole: Path, fit: Run, models: dict[str, str], shapes: Path, tmp_path: Path
 ) -> None:
-    pairs = shapes / "text-text.parquet"
     folder = tmp_path / "killed"
-    command = [
-        "fit", f"--run.dir={folder}", "--run.wandb=disabled", f"--data.train_pairs={pairs}",
-        f"--data.val_pairs={pairs}", f"--data.image_root={shapes}", "--data.batch_size=16",
-        "--data.mining={first_rank: 1, n_ranks: 10, cluster_size: 4}", "--trainer.accelerator=cpu",
-        "--trainer.devices=1", "--trainer.enable_progress_bar=false", "--trainer.num_sanity_val_steps=0",
-        *_settings(models["bert"]),
-    ]  # fmt: skip
-    script = [sys.executable, "-c", KILLED, str(killed_at), *command]
+    script = [sys.executable, "-c", KILLED, str(killed_at), *_command(folder, shapes, models["bert"])]
     done = subprocess.run(script, cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     last = folder / "checkpoints" / "last.ckpt"
@@ -85,12 +92,14 @@ def test_a_checkpoint_of_other_batches_is_refused(whole: Path, fit: Run, models:
         fit("text-image", *_settings(models["clip"]), f"--ckpt_path={last}", name="other")
 
 
-def test_a_plan_that_was_changed_is_refused(whole: Path, fit: Run, models: dict[str, str]) -> None:
-    last = whole / "checkpoints" / "last.ckpt"
-    plan = whole / "plans" / "epoch-0002" / "plan.json"
+def test_a_plan_that_was_changed_is_refused(fit: Run, models: dict[str, str]) -> None:
+    settings = _settings(models["bert"])
+    run = fit("text-text", *settings, "--trainer.max_epochs=2", name="changed")
+    plan = run / "plans" / "epoch-0001" / "plan.json"
     plan.write_text(plan.read_text() + " ")
+    last = run / "checkpoints" / "last.ckpt"
     with pytest.raises(SystemExit, match="is not the plan that the checkpoint was trained on"):
-        fit("text-text", *_settings(models["bert"]), f"--ckpt_path={last}", "--trainer.max_epochs=4", name="whole")
+        fit("text-text", *settings, f"--ckpt_path={last}", "--trainer.max_epochs=4", name="changed")
 
 
 def test_damaged_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
