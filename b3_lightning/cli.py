@@ -27,22 +27,23 @@ from rich.table import Table
 from b3_lightning.callbacks import EmbeddingWriter, Export, HardnessMonitor, Remine
 from b3_lightning.checkpoints import CheckedCheckpointIO, StepCheckpoint
 from b3_lightning.data import PairsDataModule
-from b3_lightning.data.glyphs import write_glyphs
 from b3_lightning.mining import MinedPlan
 from b3_lightning.model import ContrastiveModule
-from b3_lightning.reports.compare import SHOWN, best_validation, compare_runs, keep_old_metrics
+from b3_lightning.reports.compare import SHOWN, best_validation, keep_old_metrics
 from b3_lightning.reports.plan import write_plan_report
+from b3_lightning.verbs import VERBS, run_verb
 
 DESCRIPTION = "Train embedding models on batches mined to be hard (B3)."
-EPILOG = """also:
-  glyphs --output DIR       write the quickstart's data: pictures of characters and their names
-  compare RUN RUN ...       the metrics of finished runs side by side
-
+EPILOG = (
+    "also (VERB --help says more):\n"
+    + "".join(f"  {name:<10}{does}\n" for name, does in VERBS.items())
+    + """
 start with:
   python -m b3_lightning glyphs --output data/glyphs
   python -m b3_lightning fit --config configs/quickstart.yaml
   python -m b3_lightning fit --help             every setting of a config
 """
+)
 
 
 @dataclass(frozen=True)
@@ -278,23 +279,6 @@ def _print_outcome(trainer: L.Trainer, run: RunSettings) -> None:
     console.print("next     python -m b3_lightning compare RUN RUN ...  |  --data.batches=random for the baseline arm")
 
 
-VERBS = ("glyphs", "compare")
-
-
-def _run_verb(given: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog=f"python -m b3_lightning {given[0]}")
-    if given[0] == "glyphs":
-        parser.description = "Write the quickstart's data: pictures of characters and their names."
-        parser.add_argument("--output", required=True, help="folder to write")
-        parser.add_argument("--size", type=int, default=32, help="pixels of a picture's side (default: 32)")
-        parser.add_argument("--seed", type=int, default=0, help="of the split by character (default: 0)")
-        write_glyphs(**vars(parser.parse_args(given[1:])))
-    else:
-        parser.description = "Print the best validation of finished runs side by side, and how their settings differ."
-        parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
-        compare_runs(parser.parse_args(given[1:]).runs)
-
-
 class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the line breaks of the epilog."""
 
@@ -320,7 +304,7 @@ def main(args: list[str] | None = None) -> None:
     _show_log()
     try:
         if given and given[0] in VERBS:
-            _run_verb(given)
+            run_verb(given[0], given[1:])
         else:
             _run_lightning(args)
     except (ValueError, OSError) as error:

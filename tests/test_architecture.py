@@ -16,7 +16,20 @@ from b3_lightning.cli import main
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "b3_lightning"
-LAYERS = ("types", "progress", "mining", "checkpoints", "model", "data", "reports", "callbacks", "cli", "__main__")
+LAYERS = (
+    "types",
+    "progress",
+    "mining",
+    "checkpoints",
+    "model",
+    "data",
+    "evaluation",
+    "reports",
+    "callbacks",
+    "verbs",
+    "cli",
+    "__main__",
+)
 
 
 def _files() -> list[Path]:

@@ -1,0 +1,28 @@
+"""Commands that need neither a trainer nor its config: one module a verb, imported when it is called.
+
+A verb's module holds ``add_arguments(parser)`` and ``run(given)``; its docstring is the verb's help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Sequence
+
+VERBS = {
+    "glyphs": "write the quickstart's data: pictures of characters and their names",
+    "compare": "the metrics of finished runs side by side",
+}
+"""Every verb and what it does, in one line of the help."""
+
+
+def run_verb(name: str, arguments: Sequence[str]) -> None:
+    """Parse the arguments of a verb and run it."""
+    verb = importlib.import_module(f"{__name__}.{name}")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m b3_lightning {name}",
+        description=verb.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_arguments(parser)
+    verb.run(parser.parse_args(arguments))
