@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
 
-.PHONY: help demo compare test check clean
+.PHONY: help demo compare test test-rapids check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,16 @@ compare: data/glyphs/train.parquet  ## train the same on random batches, print b
 
 test: $(VENV)/installed  ## run the tests
 	$(RUN) -m pytest
+
+$(VENV)-rapids/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-rapids
+	grep -v '^pandas' constraints.txt > $(VENV)-rapids/constraints.txt  # cuDF needs pandas 3.0
+	$(VENV)-rapids/bin/pip install --quiet --upgrade pip
+	$(VENV)-rapids/bin/pip install --quiet --constraint $(VENV)-rapids/constraints.txt --editable '.[gpu,test]'
+	touch $@
+
+test-rapids: $(VENV)-rapids/installed  ## install the real GPU packages (8 GB), test against them; with a GPU, on it
+	HF_HUB_OFFLINE=1 $(VENV)-rapids/bin/python -m pytest tests/rapids tests/gpu tests/test_gpu.py
 
 check: $(VENV)/installed  ## format, lint, types
 	$(VENV)/bin/ruff format --check .

@@ -1,4 +1,6 @@
-"""What passes between the stages: frozen dataclasses of CPU tensors that check their own contract.
+"""What passes between the stages: frozen dataclasses of tensors that check their own contract.
+
+All tensors of a value lie on one device; a finished plan's on the CPU.
 
 Shapes: N = rows, D = dimensions, W = first_rank + n_ranks, E = edges, C = clusters, K = cluster_size,
 M = batches of one epoch, B = global batch size.
@@ -7,7 +9,7 @@ M = batches of one epoch, B = global batch size.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -73,6 +75,19 @@ class ChunkSettings:
             raise ValueError(f"chunks: items={self.items} and tokens={self.tokens} must be above 0")
 
 
+Moved = TypeVar("Moved", bound="Embeddings | Neighbors | Window | Edges | Communities | Clusters")
+
+
+def to_device(value: Moved, device: torch.device) -> Moved:
+    """The same value on another device; itself where it lies there."""
+    held = {field.name: getattr(value, field.name) for field in fields(value)}
+    tensors = {name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}
+    if all(tensor.device == device for tensor in tensors.values()):
+        return value
+    moved: Any = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return replace(value, **moved)
+
+
 @dataclass(frozen=True, slots=True)
 class Embeddings:
     """Teacher vectors of the rows: ``query_ND`` and ``target_ND``, float32, unit norm."""
@@ -101,7 +116,7 @@ class Embeddings:
 
     def take(self, rows_N: Tensor) -> Embeddings:
         """The vectors of these rows; without a copy where that is all of them in order."""
-        if len(rows_N) == len(self) and torch.equal(rows_N, torch.arange(len(self))):
+        if len(rows_N) == len(self) and torch.equal(rows_N, torch.arange(len(self), device=rows_N.device)):
             return self
         return Embeddings(self.query_ND[rows_N], self.target_ND[rows_N])
 
@@ -225,10 +240,10 @@ class Communities:
     @classmethod
     def from_labels(cls, labels: Any) -> Communities:
         """Renumber any integer labels canonically, so that equal partitions compare equal."""
-        label_N = torch.as_tensor(labels).to(torch.int64)
+        label_N = labels.to(torch.int64) if isinstance(labels, Tensor) else torch.tensor(labels, dtype=torch.int64)
         _, inverse_N = label_N.unique(return_inverse=True)
-        first_L = torch.full((int(inverse_N.max()) + 1,), len(label_N), dtype=torch.int64)
-        first_L.scatter_reduce_(0, inverse_N, torch.arange(len(label_N)), "amin")
+        first_L = label_N.new_full((int(inverse_N.max()) + 1,), len(label_N))
+        first_L.scatter_reduce_(0, inverse_N, torch.arange(len(label_N), device=label_N.device), "amin")
         return cls(first_L.argsort().argsort()[inverse_N])
 
     def __post_init__(self) -> None:
@@ -248,7 +263,7 @@ class Clusters:
     def __post_init__(self) -> None:
         _check_dtype("Clusters", ids_CK=(self.ids_CK, torch.int64))
         row_N = self.ids_CK[self.ids_CK != PADDING].sort().values
-        if not torch.equal(row_N, torch.arange(len(row_N))):
+        if not torch.equal(row_N, torch.arange(len(row_N), device=row_N.device)):
             raise ValueError(
                 f"Clusters of shape {tuple(self.ids_CK.shape)} must hold each of the rows 0 .. {len(row_N) - 1} once"
             )
@@ -266,8 +281,8 @@ class Clusters:
 
     def cluster_of_row(self) -> Tensor:
         """(N,) the cluster of every row."""
-        cluster_C = torch.arange(len(self))[:, None].expand_as(self.ids_CK)
+        cluster_C = torch.arange(len(self), device=self.ids_CK.device)[:, None].expand_as(self.ids_CK)
         filled_CK = self.ids_CK != PADDING
-        cluster_N = torch.empty(self.n_rows, dtype=torch.int64)
+        cluster_N = self.ids_CK.new_empty(self.n_rows)
         cluster_N[self.ids_CK[filled_CK]] = cluster_C[filled_CK]
         return cluster_N

@@ -16,17 +16,24 @@ from functools import partial
 import numpy as np
 import torch
 
+from b3_lightning.mining.backends import CPU
 from b3_lightning.mining.clusters import cut_clusters
 from b3_lightning.mining.communities import find_communities
 from b3_lightning.mining.edges import build_edges, window_arcs
 from b3_lightning.mining.neighbors import find_neighbors, positive_scores
-from b3_lightning.mining.settings import MiningSettings
+from b3_lightning.mining.parts import cut_into_parts
+from b3_lightning.mining.settings import CommunityAlgorithm, Cut, MiningSettings
 from b3_lightning.mining.swaps import improve_by_swaps
 from b3_lightning.mining.window import rank_window
 from b3_lightning.types import Edges, Embeddings, Neighbors
 
 WINDOW = {"first_rank": 30, "n_ranks": 100}
 N_SWAP_ROUNDS = 30
+WAYS: tuple[tuple[CommunityAlgorithm, Cut], ...] = (
+    ("metis", "kaminpar"), ("kaminpar", "kaminpar"), ("louvain", "kaminpar"), ("louvain", "louvain"),
+    ("leiden", "kaminpar"), ("none", "kaminpar"),
+)  # fmt: skip
+"""Communities, and what cuts them."""
 
 
 def measure(vectors: str, keys: str | None = None) -> list[str]:
@@ -42,23 +49,26 @@ def measure(vectors: str, keys: str | None = None) -> list[str]:
     window = rank_window(neighbors, MiningSettings(), **WINDOW)
     edges = build_edges(neighbors, window, kind="mutual")
     arcs = partial(window_arcs, neighbors, window)
-    find_communities(edges, algorithm="louvain", resolution=1.0, cluster_size=8, seed=0)  # imports are not counted
+    find_communities(edges, MiningSettings(), CPU)  # imports are not counted
     rows = [f"{len(embeddings)} rows, {len(edges)} edges, neighbours {seconds:.1f} s", ""]
     rows += ["| K | communities | kept when cut | kept after swaps | seconds to cut | seconds of swaps |"]
     rows += ["|---|---|---|---|---|---|"]
     for size in (8, 16, 32, 64):
-        for algorithm in ("metis", "kaminpar", "louvain", "leiden", "none"):
+        for algorithm, cut_by in WAYS:
             start = time.perf_counter()
-            found = find_communities(edges, algorithm=algorithm, resolution=1.0, cluster_size=size, seed=0)
+            chosen = MiningSettings(communities=algorithm, cut=cut_by, cluster_size=size)
+            found = find_communities(edges, chosen, CPU)
             if algorithm == "metis":
                 rows.append(f"| {size} | paper | {_kept(edges, _repaired_at_random(found.label_N, size)):.3f} | | | |")
-            cut = cut_clusters(edges, found, arcs, embeddings, algorithm=algorithm, cluster_size=size, seed=0)
+            cut = cut_clusters(edges, cut_into_parts(edges, found, chosen, CPU), arcs, embeddings, cluster_size=size)
             middle = time.perf_counter()
             better = improve_by_swaps(cut, edges, max_rounds=N_SWAP_ROUNDS)
             shares = (_kept(edges, clusters.cluster_of_row()) for clusters in (cut, better))
             end = time.perf_counter()
             cells = [f"{share:.3f}" for share in shares] + [f"{middle - start:.1f}", f"{end - middle:.1f}"]
-            rows.append(f"| {size} | {algorithm} | {' | '.join(cells)} |")
+            rows.append(
+                f"| {size} | {algorithm}{' cut by louvain' if cut_by == 'louvain' else ''} | {' | '.join(cells)} |"
+            )
     return rows
 
 

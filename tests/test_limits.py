@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from b3_lightning.mining import BatchPlan, MinedPlan, MiningSettings, mine
+from b3_lightning.mining.backends import CPU
 from b3_lightning.mining.clusters import cut_clusters
 from b3_lightning.mining.communities import find_communities
+from b3_lightning.mining.parts import cut_into_parts
 from b3_lightning.mining.swaps import improve_by_swaps
 from b3_lightning.types import Edges, Embeddings
 
@@ -117,6 +120,7 @@ def test_rows_in_near_identical_families() -> None:
     cluster_size=st.integers(2, 9),
     n_edges=st.integers(0, 400),
     algorithm=st.sampled_from(ALGORITHMS),
+    cut_by=st.sampled_from(["kaminpar", "louvain"]),
     swap_rounds=st.integers(0, 5),
     resolution=st.sampled_from([0.1, 1.0, 5.0]),
     seed=st.integers(0, 2**20),
@@ -126,7 +130,8 @@ def test_a_thousand_random_graphs(
     n_rows: int,
     cluster_size: int,
     n_edges: int,
-    algorithm: str,
+    algorithm: Any,
+    cut_by: Any,
     swap_rounds: int,
     resolution: float,
     seed: int,
@@ -137,11 +142,13 @@ def test_a_thousand_random_graphs(
     edges = Edges(pairs[:, 0], pairs[:, 1], torch.ones(len(pairs)), n_rows)
     embeddings = Embeddings.from_arrays(vectors(n_rows, 4, seed), vectors(n_rows, 4, seed + 1))
     nothing = torch.empty(0, dtype=torch.int64)
+    chosen = MiningSettings(
+        communities=algorithm, cut=cut_by, cluster_size=cluster_size, resolution=resolution, seed=seed
+    )
 
     def clusters_of() -> torch.Tensor:
-        about = {"algorithm": algorithm, "cluster_size": cluster_size, "seed": seed}
-        found = find_communities(edges, resolution=resolution, **about)  # type: ignore[arg-type]
-        cut = cut_clusters(edges, found, lambda _: (nothing, nothing), embeddings, **about)  # type: ignore[arg-type]
+        part_N = cut_into_parts(edges, find_communities(edges, chosen, CPU), chosen, CPU)
+        cut = cut_clusters(edges, part_N, lambda _: (nothing, nothing), embeddings, cluster_size=cluster_size)
         better = improve_by_swaps(cut, edges, max_rounds=swap_rounds)
         kept = [len(edges.within(clusters.cluster_of_row())) for clusters in (cut, better)]
         assert kept[1] >= kept[0]

@@ -19,7 +19,7 @@ from b3_lightning.mining.clusters import cut_clusters
 from b3_lightning.mining.edges import build_edges, window_arcs
 from b3_lightning.mining.neighbors import find_neighbors
 from b3_lightning.mining.window import rank_window
-from b3_lightning.types import Communities, Edges, Embeddings, Neighbors, Window
+from b3_lightning.types import Edges, Embeddings, Neighbors, Window
 
 
 def vectors(n_rows: int, n_dims: int = 8, seed: int = 0) -> npt.NDArray[np.float32]:
@@ -161,9 +161,8 @@ def test_a_graph_without_edges_still_gives_full_clusters_of_similar_rows() -> No
     none = torch.empty(0, dtype=torch.int64)
     edges = Edges(none, none, torch.empty(0), 16)
     clusters = cut_clusters(
-        edges, Communities(torch.zeros(16, dtype=torch.int64)), lambda _: (none, none), embeddings,
-        algorithm="louvain", cluster_size=4, seed=0,
-    )  # fmt: skip
+        edges, torch.zeros(16, dtype=torch.int64), lambda _: (none, none), embeddings, cluster_size=4
+    )
     assert clusters.ids_CK.shape == (4, 4)
 
 

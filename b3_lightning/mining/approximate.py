@@ -13,39 +13,24 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from b3_lightning.mining.cpu import InvertedLists
-from b3_lightning.mining.exact import missing_keys, order_keys, read_keys, score_candidates, to_grid
+from b3_lightning.mining.exact import to_grid
 from b3_lightning.mining.neighbors import Progress, TargetIndex, search_in_tiles, tiles
+from b3_lightning.mining.rerank import SPARE, FoundNeighbors, Reranker
 from b3_lightning.mining.stages import Stage
 
 log = logging.getLogger(__name__)
 
 SCAN_COST = 16
 """How many targets the exact search takes in the time in which faiss scans one: an estimate from 100,000 rows."""
-_SPARE = 32
-"""Candidates beyond W, of which exclusions may take some."""
 _ROUNDS = 8
 _SHORT_FRAC = 0.02
 """Where more rows than this find too few targets and are searched exactly, scanning more lists is faster."""
 _SAMPLE_PER_LIST = 32
-
-
-@dataclass(frozen=True, slots=True)
-class ApproximateNeighbors:
-    """``ids_NW`` and ``scores_NW`` as of ``find_neighbors``.
-
-    ``recall`` is the share of the exact neighbours of sampled rows that were found, with ``n_probes`` lists a row.
-    """
-
-    ids_NW: Tensor
-    scores_NW: Tensor
-    recall: float
-    n_probes: int
 
 
 def find_neighbors_approximately(
@@ -61,7 +46,7 @@ def find_neighbors_approximately(
     memory_budget_gib: float = 1.0,
     stage: Stage | None = None,
     progress: Progress | None = None,
-) -> ApproximateNeighbors:
+) -> FoundNeighbors:
     """Find most of the nearest targets of every query by scanning as few lists as reach ``min_recall``.
 
     Rows for which the lists hold too few eligible targets are searched exactly. The answer depends on ``seed`` and
@@ -91,19 +76,18 @@ def find_neighbors_approximately(
         return search.search(query_ND[tile], torch.arange(tile.start, tile.stop), n_probes)[:2]
 
     ids_NW, scores_NW = search_in_tiles(search_tile, query_ND, n_neighbors, stage, progress)
-    return ApproximateNeighbors(ids_NW, scores_NW, recall, n_probes)
+    return FoundNeighbors(ids_NW, scores_NW, recall, n_probes)
 
 
 def _enough_probes(search: _ListSearch, query_ND: Tensor, sample: Tensor, min_recall: float) -> tuple[int, float]:
     """Double the number of lists until recall on the sample suffices."""
     query_SD = query_ND[sample]
-    expected_SW, _ = search.exact.search(query_SD, search.keys_of(sample))
-    n_wanted = int((expected_SW >= 0).sum())
+    expected_SW = search.reranker.exact_ids(query_SD, sample)
     most = max(1, search.n_lists // SCAN_COST)
     n_probes = min(most, search.fewest_probes())
     while True:
         found_SW, _, n_short = search.search(query_SD, sample, n_probes)
-        recall = _n_common(found_SW, expected_SW) / max(1, n_wanted)
+        recall = search.reranker.recall(found_SW, expected_SW)
         log.info(
             "%d of %d lists a row: recall %.4f of %d sampled rows, %d of them searched exactly",
             n_probes, search.n_lists, recall, len(sample), n_short,
@@ -119,12 +103,6 @@ def _enough_probes(search: _ListSearch, query_ND: Tensor, sample: Tensor, min_re
         n_probes = min(2 * n_probes, most)
 
 
-def _n_common(found_SW: Tensor, expected_SW: Tensor) -> int:
-    """How many of the expected ids were found; an id stands at most once in a row."""
-    both = torch.cat([found_SW, expected_SW], dim=1).sort(dim=1).values
-    return int(((both[:, 1:] == both[:, :-1]) & (both[:, 1:] >= 0)).sum())
-
-
 class _ListSearch:
     """Targets in lists about spherical k-means centers."""
 
@@ -136,7 +114,8 @@ class _ListSearch:
         memory_budget_gib: float,
         generator: torch.Generator,
     ) -> None:
-        self.exact, self.n_lists, self._exclude = exact, n_lists, exclude
+        self.exact, self.n_lists = exact, n_lists
+        self.reranker = Reranker(exact, exclude, memory_budget_gib)
         self._budget_gib = memory_budget_gib
         self._center_LD = _train_centers(exact.target_MD, n_lists, memory_budget_gib, generator)
         list_M = torch.empty(len(exact.target_MD), dtype=torch.int64)
@@ -146,47 +125,19 @@ class _ListSearch:
         self._lists = InvertedLists(self._center_LD, exact.target_MD, list_M, piece_rows=4096)
         self._nearest: dict[int, TargetIndex] = {}
 
-    def keys_of(self, rows: Tensor) -> list[Tensor]:
-        return [query_key_N[rows] for query_key_N, _ in self._exclude]
-
     def fewest_probes(self) -> int:
         """Lists that on average hold twice the candidates of a row."""
-        return math.ceil(2 * (self.exact.n_neighbors + _SPARE) * self.n_lists / len(self.exact.target_MD))
+        return math.ceil(2 * (self.exact.n_neighbors + SPARE) * self.n_lists / len(self.exact.target_MD))
 
     def search(self, query_QD: Tensor, rows: Tensor, n_probes: int) -> tuple[Tensor, Tensor, int]:
         """(Q, W) ids and scores, and how many rows were searched exactly; ``rows`` are the numbers of the queries."""
-        width = self.exact.n_neighbors
         if n_probes not in self._nearest:
             self._nearest[n_probes] = TargetIndex(
                 self._center_LD, n_neighbors=n_probes, memory_budget_gib=self._budget_gib
             )
         list_QL, _ = self._nearest[n_probes].search(query_QD)
-        ids_QV = self._lists.scan(query_QD, list_QL, width + _SPARE)
-        eligible_QV = ids_QV >= 0
-        for query_key_Q, (_, target_key_M) in zip(self.keys_of(rows), self._exclude, strict=True):
-            eligible_QV &= target_key_M[ids_QV.clamp(min=0)] != query_key_Q[:, None]
-        best_QW = self._rank(query_QD, ids_QV, eligible_QV)
-        ids_QW, scores_QW = read_keys(best_QW)
-        short = (eligible_QV.sum(dim=1) < width).nonzero().flatten()
-        if len(short):
-            ids_QW[short], scores_QW[short] = self.exact.search(query_QD[short], self.keys_of(rows[short]))
-        return ids_QW, scores_QW, len(short)
-
-    def _rank(self, query_QD: Tensor, ids_QV: Tensor, eligible_QV: Tensor) -> Tensor:
-        """(Q, W) order keys of the eligible candidates by exact score."""
-        order_QV = eligible_QV.byte().argsort(dim=1, descending=True, stable=True)
-        ids_QV = ids_QV.gather(1, order_QV).clamp(min=0)
-        exact_QV = score_candidates(
-            to_grid(query_QD),
-            self.exact.target_MD,
-            ids_QV,
-            eligible_QV.sum(dim=1),
-            on_grid=False,
-            chunk_bytes=int(self._budget_gib * 2**27),
-        )
-        key_QV = order_keys(exact_QV, ids_QV)
-        missing_QW = missing_keys(len(key_QV), self.exact.n_neighbors, key_QV.device)
-        return torch.cat([key_QV, missing_QW], dim=1).topk(self.exact.n_neighbors, dim=1).values
+        ids_QV = self._lists.scan(query_QD, list_QL, self.exact.n_neighbors + SPARE)
+        return self.reranker.rank(query_QD, rows, ids_QV)
 
 
 def _train_centers(target_MD: Tensor, n_lists: int, memory_budget_gib: float, generator: torch.Generator) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from b3_lightning.mining.exact import check_unit, to_grid
+from b3_lightning.mining.precision import full_float32
 
 _FLOAT32_ULP = 1e-6
 """Float32 arithmetic of the bounds, and scores that differ in float64 only."""
@@ -69,7 +70,7 @@ class Bounds:
 
 def seen_by_product(vector_QD: Tensor, dtype: torch.dtype) -> Tensor:
     """The vectors as a product of ``dtype`` reads them, or off by as much as the farthest that it may read."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    if dtype == torch.float32 and not full_float32(vector_QD.device):
         # that setting allows bfloat16 and TF32, rounded or cut off
         vector_QD = vector_QD * (1 + 2.0**-8)
     return vector_QD.to(dtype)

@@ -1,6 +1,6 @@
 """Communities of any size in, clusters of exactly K rows out.
 
-KaMinPar cuts the graph, without its edges between communities, into parts of about K. Sizes are then made exact by
+Communities come cut into parts of about K (parts.py). Sizes are then made exact by
 affinity, never at random: a part that is too large gives up the members with the fewest edges into it, small left-over
 parts are dissolved, and every homeless row goes to the open cluster that holds most of its neighbours.
 
@@ -15,10 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from b3_lightning.mining import cpu
 from b3_lightning.mining.groups import place_in_group
-from b3_lightning.mining.settings import CommunityAlgorithm
-from b3_lightning.types import PADDING, Clusters, Communities, Edges, Embeddings
+from b3_lightning.types import PADDING, Clusters, Edges, Embeddings
 
 HOMELESS = -1
 _TILE_ROWS = 2**16
@@ -28,25 +26,21 @@ _ARC_WEIGHT = 0.25
 
 def cut_clusters(
     edges: Edges,
-    communities: Communities,
+    part_N: Tensor,
     arcs_touching: Callable[[Tensor], tuple[Tensor, Tensor]],
     embeddings: Embeddings,
     *,
-    algorithm: CommunityAlgorithm,
     cluster_size: int,
-    seed: int,
 ) -> Clusters:
-    """Cut communities into clusters of exactly ``cluster_size``; only the last one may be padded.
+    """Make clusters of exactly ``cluster_size`` of parts of about that size; only the last one may be padded.
 
     Args:
+        part_N: (N,) the part of every row, numbered from 0.
         arcs_touching: (N,) bool -> (from_A, to_A), the directed window entries with such a row at an end; they find a
             home for rows without a mutual edge.
-        algorithm: that found the communities. METIS's are parts of about K already, so only sizes are made exact; under
-            ``none`` rows are dealt out at random.
     """
     n_clusters = math.ceil(edges.n_rows / cluster_size)
-    part_N = _parts(edges, communities, algorithm, n_clusters, seed)
-    capacity_C = torch.full((n_clusters,), cluster_size)
+    capacity_C = part_N.new_full((n_clusters,), cluster_size)
     capacity_C[-1] = edges.n_rows - (n_clusters - 1) * cluster_size
     cluster_N = _seed_clusters(part_N, edges, capacity_C)
     homeless_N = cluster_N == HOMELESS
@@ -56,16 +50,6 @@ def cut_clusters(
     return _as_table(cluster_N, capacity_C, cluster_size)
 
 
-def _parts(edges: Edges, communities: Communities, algorithm: CommunityAlgorithm, n_clusters: int, seed: int) -> Tensor:
-    """(N,) a part of about K rows each."""
-    if algorithm == "metis":
-        return communities.label_N
-    if algorithm == "none":
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randperm(edges.n_rows, generator=generator) * n_clusters // edges.n_rows
-    return cpu.kaminpar_parts(edges.within(communities.label_N), n_parts=n_clusters, seed=seed)
-
-
 def _seed_clusters(part_N: Tensor, edges: Edges, capacity_C: Tensor) -> Tensor:
     """Let the largest parts become clusters; evict what exceeds a capacity, weakest first. Others are homeless."""
     size_P = torch.bincount(part_N)
@@ -73,7 +57,7 @@ def _seed_clusters(part_N: Tensor, edges: Edges, capacity_C: Tensor) -> Tensor:
     cluster_N = torch.where(rank_P[part_N] < len(capacity_C), rank_P[part_N], HOMELESS)
     inside = edges.within(cluster_N)
     from_A, _, weight_A = inside.both_directions()
-    strength_N = torch.zeros(len(part_N)).index_add_(0, from_A, weight_A)
+    strength_N = weight_A.new_zeros(len(part_N)).index_add_(0, from_A, weight_A)
     housed = (cluster_N != HOMELESS).nonzero().flatten()
     stays = _first_of_each(cluster_N[housed], strength_N[housed], capacity_C)
     cluster_N[housed[~stays]] = HOMELESS
@@ -100,7 +84,7 @@ class _Affinity:
         from_A, to_A, weight_A = edges.both_directions()
         self.row_A = torch.cat([from_A, arcs[0], arcs[1]])
         self.neighbor_A = torch.cat([to_A, arcs[1], arcs[0]])
-        self.weight_A = torch.cat([weight_A, torch.full((2 * len(arcs[0]),), _ARC_WEIGHT)])
+        self.weight_A = torch.cat([weight_A, weight_A.new_full((2 * len(arcs[0]),), _ARC_WEIGHT)])
 
     def restrict_to(self, homeless_N: Tensor) -> None:
         keep_A = homeless_N[self.row_A]
@@ -112,9 +96,9 @@ class _Affinity:
         open_A = (cluster_A != HOMELESS) & (free_C[cluster_A.clamp(min=0)] > 0)
         pair_A = self.row_A[open_A] * len(free_C) + cluster_A[open_A]
         pair_R, index_A = pair_A.unique(return_inverse=True)
-        strength_R = torch.zeros(len(pair_R)).index_add_(0, index_A, self.weight_A[open_A])
+        strength_R = self.weight_A.new_zeros(len(pair_R)).index_add_(0, index_A, self.weight_A[open_A])
         row_R, cluster_R = pair_R // len(free_C), pair_R % len(free_C)
-        best = _first_of_each(row_R, strength_R, torch.ones(len(cluster_N), dtype=torch.int64))
+        best = _first_of_each(row_R, strength_R, torch.ones_like(cluster_N))
         return row_R[best], cluster_R[best], strength_R[best]
 
 
@@ -141,10 +125,10 @@ def _place_by_similarity(cluster_N: Tensor, capacity_C: Tensor, embeddings: Embe
             # only empty clusters are left: the first homeless row founds one
             cluster_N[homeless_P[0]] = int((free_C > 0).nonzero()[0])
             continue
-        place_C = torch.full((len(capacity_C) + 1,), HOMELESS)
-        place_C[open_C] = torch.arange(len(open_C))
+        place_C = capacity_C.new_full((len(capacity_C) + 1,), HOMELESS)
+        place_C[open_C] = torch.arange(len(open_C), device=open_C.device)
         member_R = (place_C[cluster_N] != HOMELESS).nonzero().flatten()
-        centroid_OD = torch.zeros(len(open_C), embeddings.query_ND.shape[1], dtype=torch.float64)
+        centroid_OD = torch.zeros(len(open_C), embeddings.query_ND.shape[1], dtype=torch.float64, device=open_C.device)
         for rows in member_R.split(_TILE_ROWS):
             centroid_OD.index_add_(0, place_C[cluster_N[rows]], _row_vectors(embeddings, rows))
         best = _nearest(embeddings, homeless_P, _on_grid(centroid_OD))
@@ -153,8 +137,9 @@ def _place_by_similarity(cluster_N: Tensor, capacity_C: Tensor, embeddings: Embe
 
 
 def _row_vectors(embeddings: Embeddings, rows: Tensor) -> Tensor:
-    """What a row is about: the middle of its query and its target."""
-    return _on_grid(embeddings.query_ND[rows].double() + embeddings.target_ND[rows].double())
+    """What rows are about: the middles of query and target, on the device of ``rows``; vectors stay on the host."""
+    here = rows.to(embeddings.query_ND.device)
+    return _on_grid((embeddings.query_ND[here].double() + embeddings.target_ND[here].double()).to(rows.device))
 
 
 def _on_grid(vector_RD: Tensor) -> Tensor:
@@ -171,7 +156,7 @@ def _nearest(embeddings: Embeddings, row_P: Tensor, centroid_OD: Tensor) -> torc
 
 
 def _as_table(cluster_N: Tensor, capacity_C: Tensor, cluster_size: int) -> Clusters:
-    ids_CK = torch.full((len(capacity_C), cluster_size), PADDING, dtype=torch.int64)
+    ids_CK = cluster_N.new_full((len(capacity_C), cluster_size), PADDING)
     order = cluster_N.argsort(stable=True)
     ids_CK[cluster_N[order], place_in_group(cluster_N[order], len(capacity_C))] = order
     return Clusters(ids_CK)

@@ -59,7 +59,7 @@ def _networkit_graph(nk: Any, edges: Edges) -> Any:
 def _run_networkit(algorithm: Any) -> Tensor:
     algorithm.run()
     partition = algorithm.getPartition()  # must outlive the copy: its vector is freed with it
-    return torch.tensor(partition.getVector(), dtype=torch.int64)
+    return torch.tensor(partition.getVector(), dtype=torch.int64, device="cpu")
 
 
 def _adjacency(edges: Edges) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -78,7 +78,7 @@ def metis_parts(edges: Edges, *, n_parts: int, seed: int) -> Tensor:
     import pymetis
 
     if n_parts < 2:
-        return torch.zeros(edges.n_rows, dtype=torch.int64)
+        return torch.zeros(edges.n_rows, dtype=torch.int64, device="cpu")
     offset, neighbor, weight = _adjacency(edges)
     _, part_N = pymetis.part_graph(
         n_parts,
@@ -87,7 +87,7 @@ def metis_parts(edges: Edges, *, n_parts: int, seed: int) -> Tensor:
         recursive=False,
         options=pymetis.Options(seed=seed),
     )
-    return torch.tensor(part_N, dtype=torch.int64)
+    return torch.tensor(part_N, dtype=torch.int64, device="cpu")
 
 
 def kaminpar_parts(edges: Edges, *, n_parts: int, seed: int) -> Tensor:
@@ -95,14 +95,14 @@ def kaminpar_parts(edges: Edges, *, n_parts: int, seed: int) -> Tensor:
     import kaminpar
 
     if n_parts < 2 or len(edges) == 0:
-        return torch.arange(edges.n_rows, dtype=torch.int64) * n_parts // edges.n_rows
+        return torch.arange(edges.n_rows, device="cpu") * n_parts // edges.n_rows
     with tempfile.TemporaryDirectory(prefix="b3_lightning_") as folder:
         path = Path(folder) / "graph.parhip"
         _write_parhip(path, edges)
         graph = kaminpar.load_graph(str(path), kaminpar.GraphFileFormat.PARHIP)
     kaminpar.reseed(seed)
     solver = kaminpar.KaMinPar(1, kaminpar.largek_context())
-    return torch.tensor(solver.compute_partition(graph, n_parts, _IMBALANCE), dtype=torch.int64)
+    return torch.tensor(solver.compute_partition(graph, n_parts, _IMBALANCE), dtype=torch.int64, device="cpu")
 
 
 def _write_parhip(path: Path, edges: Edges) -> None:
@@ -144,4 +144,19 @@ class InvertedLists:
         self._index.nprobe = list_QL.shape[1]
         query = np.ascontiguousarray(query_QD.numpy(), dtype=np.float32)
         _, ids = self._index.search_preassigned(query, n_best, np.ascontiguousarray(list_QL.numpy()), None)
+        return torch.from_numpy(ids)
+
+
+class FlatTargets:
+    """Targets in faiss's flat index: brute force in float32."""
+
+    def __init__(self, target_MD: Tensor) -> None:
+        import faiss
+
+        self._index: Any = faiss.IndexFlatIP(target_MD.shape[1])
+        self._index.add(np.ascontiguousarray(target_MD.numpy(), dtype=np.float32))
+
+    def scan(self, query_QD: Tensor, n_best: int) -> Tensor:
+        """(Q, n_best) ids of the best targets."""
+        _, ids = self._index.search(np.ascontiguousarray(query_QD.numpy(), dtype=np.float32), n_best)
         return torch.from_numpy(ids)

@@ -54,4 +54,4 @@ def build_edges(neighbors: Neighbors, window: Window, *, kind: EdgeKind) -> Edge
         pair_E, count_E = torch.cat(codes).unique(return_counts=True)
         pairs.append(pair_E[count_E == 2] if kind == "mutual" else pair_E)
     pair_E = torch.cat(pairs)
-    return Edges(pair_E // n_rows, pair_E % n_rows, torch.ones(len(pair_E), dtype=torch.float32), n_rows)
+    return Edges(pair_E // n_rows, pair_E % n_rows, torch.ones_like(pair_E, dtype=torch.float32), n_rows)

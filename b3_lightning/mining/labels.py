@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from b3_lightning.mining.groups import place_in_group
+from b3_lightning.mining.groups import permutation, place_in_group
 from b3_lightning.mining.neighbors import find_neighbors, positive_scores
 from b3_lightning.types import PADDING, Embeddings, Neighbors
 
@@ -45,7 +45,7 @@ def rank_labels(
         embeddings.query_ND,
         embeddings.target_ND[members.first_U],
         n_neighbors=n_found,
-        exclude=[(label_N, torch.arange(len(members)))],
+        exclude=[(label_N, torch.arange(len(members), device=label_N.device))],
         **search,
     )
     for key_N, code_P, _ in known:
@@ -67,7 +67,7 @@ class _Members:
     """The rows of every label in random order."""
 
     def __init__(self, label_N: Tensor, seed: int) -> None:
-        shuffled = torch.randperm(len(label_N), generator=torch.Generator().manual_seed(seed))
+        shuffled = permutation(len(label_N), seed, label_N.device)
         self._row_N = shuffled[label_N[shuffled].argsort(stable=True)]
         self._count_U = torch.bincount(label_N)
         self._start_U = self._count_U.cumsum(0) - self._count_U

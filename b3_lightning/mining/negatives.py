@@ -33,12 +33,15 @@ def draw_negatives(
     Args:
         keys: (N,) int64 each: of targets, and of what else tells that two rows answer one another.
     """
-    groups_GK = clusters.ids_CK if settings.negatives_of == "cluster" else torch.arange(len(neighbors))[:, None]
+    device = clusters.ids_CK.device
+    groups_GK = (
+        clusters.ids_CK if settings.negatives_of == "cluster" else torch.arange(len(neighbors), device=device)[:, None]
+    )
     n_random = round(settings.random_negatives * settings.n_negatives)
     n_hard = settings.n_negatives - n_random
     generator = torch.Generator().manual_seed(settings.seed)
     cluster_N = clusters.cluster_of_row()
-    negative_NH = torch.full((len(neighbors), settings.n_negatives), PADDING, dtype=torch.int64)
+    negative_NH = clusters.ids_CK.new_full((len(neighbors), settings.n_negatives), PADDING)
     if settings.n_negatives == 0:
         return negative_NH
     for part_GK in groups_GK.split(max(1, _RANKS_AT_ONCE // (groups_GK.shape[1] * neighbors.ids_NW.shape[1]))):
@@ -55,7 +58,7 @@ def draw_negatives(
 
 def _codes(row_GP: Tensor, n_rows: int) -> Tensor:
     """Each (group, row) as one number, padding left out."""
-    group_GP = torch.arange(len(row_GP))[:, None].expand_as(row_GP)
+    group_GP = torch.arange(len(row_GP), device=row_GP.device)[:, None].expand_as(row_GP)
     filled_GP = row_GP != PADDING
     return group_GP[filled_GP] * n_rows + row_GP[filled_GP]
 
@@ -80,7 +83,8 @@ class _Group:
 
     def random_codes(self, n: int, generator: torch.Generator) -> Tensor:
         """``n`` rows for every group, uniform over all rows."""
-        return _codes(torch.randint(self._n_rows, (len(self._part_GK), n), generator=generator), self._n_rows)
+        row_GP = torch.randint(self._n_rows, (len(self._part_GK), n), generator=generator, device="cpu")
+        return _codes(row_GP.to(self._part_GK.device), self._n_rows)
 
     def allowed(self, code_P: Tensor) -> Tensor:
         """The candidates that are surely no positive of any row of the group and not in its cluster."""
@@ -96,14 +100,15 @@ class _Group:
         """(G, K, n_each): draw without replacement, by how often a code stands there, and deal round the group."""
         code_P, count_P = code_P.unique(return_counts=True)
         # Gumbel's trick: the largest of log(weight) + noise are a weighted draw without replacement
-        noise_P = -torch.log(-torch.log(torch.rand(len(code_P), generator=generator).clamp(1e-9, 1 - 1e-7)))
+        drawn_P = torch.rand(len(code_P), generator=generator, device="cpu").clamp_(1e-9, 1 - 1e-7)
+        noise_P = -torch.log(-torch.log(drawn_P)).to(code_P.device)
         order_P = (count_P.log() + noise_P).argsort(descending=True, stable=True)
         order_P = order_P[(code_P[order_P] // self._n_rows).argsort(stable=True)]
         group_P, row_P = code_P[order_P] // self._n_rows, code_P[order_P] % self._n_rows
         place_P = place_in_group(group_P, len(self._part_GK))
         size_P = (self._part_GK != PADDING).sum(dim=1)[group_P]
         take_P = place_P < size_P * n_each
-        dealt_GKH = torch.full((*self._part_GK.shape, n_each), PADDING, dtype=torch.int64)
+        dealt_GKH = self._part_GK.new_full((*self._part_GK.shape, n_each), PADDING)
         place_P, size_P = place_P[take_P], size_P[take_P]
         dealt_GKH[group_P[take_P], place_P % size_P, place_P // size_P] = row_P[take_P]
         return dealt_GKH

@@ -6,7 +6,8 @@ the error (candidates.py); they are scored again exactly (exact.py). On one Zen 
 those among many near-duplicates, go on to the float32 product, and what is left, such as rows among exact duplicates,
 to the exact product of all their scores.
 
-The answer does not depend on threads, tiles, memory budget, path or device.
+The answer does not depend on threads, tiles, memory budget, path or device. On a GPU the targets lie there and queries
+come tile by tile; where its memory runs out, the tiles are halved.
 
 Shapes: N = queries, M = targets, Q = queries of a tile, D = dimensions, W = neighbours kept, V = candidates of a row.
 """
@@ -14,6 +15,7 @@ Shapes: N = queries, M = targets, Q = queries of a tile, D = dimensions, W = nei
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,14 +26,21 @@ from torch import Tensor
 from b3_lightning.mining.candidates import Bounds, Panels, Shortlist, max_candidates
 from b3_lightning.mining.exact import check_unit, missing_keys, order_keys, read_keys, score_candidates, to_grid
 from b3_lightning.mining.exclusions import Exclusions
+from b3_lightning.mining.precision import float32_sums
 from b3_lightning.mining.stages import Stage, Stages, Tensors
 from b3_lightning.types import PADDING
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Told (stage, done, total) as a stage goes on."""
 
 TILE_ROWS = 4096
 """Queries a call of ``TargetIndex.search`` when the work is cut up; any cut gives the same answer."""
+
+
+_LEAST_BUDGET_BYTES = 2**24
+"""Where tiles for this much do not fit, smaller ones will not either."""
 
 
 def tiles(n_rows: int) -> Iterator[slice]:
@@ -48,6 +57,7 @@ def find_neighbors(
     exclude: Sequence[tuple[Tensor, Tensor]] = (),
     memory_budget_gib: float = 1.0,
     candidate_dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
     stage: Stage | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -58,8 +68,9 @@ def find_neighbors(
         target_MD: (M, D), unit norm; may lie on disk (torch.from_numpy of a memory map).
         exclude: pairs of keys, (N,) of the queries and (M,) of the targets, int64; a target is no neighbour of a query
             that it shares a key with in any pair. A row's own target is kept out by its key.
-        memory_budget_gib: bounds what the search allocates besides its result.
+        memory_budget_gib: bounds what the search allocates besides its result, and on a GPU besides the targets.
         candidate_dtype: the type of the first product; by default what this machine is fastest at.
+        device: that searches; by default where the targets are. The result lies where the queries are.
         stage: keeps finished tiles and shares them out over processes.
         progress: told ("neighbours", rows done, N).
 
@@ -69,16 +80,19 @@ def find_neighbors(
     Raises:
         ValueError: on shapes that disagree and on vectors longer than 1 or not finite.
     """
+    device = device or target_MD.device
     index = TargetIndex(
-        target_MD,
+        target_MD.to(device),
         n_neighbors=n_neighbors,
-        target_keys=[target_key_M for _, target_key_M in exclude],
+        target_keys=[target_key_M.to(device) for _, target_key_M in exclude],
         memory_budget_gib=memory_budget_gib,
         candidate_dtype=candidate_dtype,
     )
 
     def search(tile: slice) -> tuple[Tensor, Tensor]:
-        return index.search(query_ND[tile], [query_key_N[tile] for query_key_N, _ in exclude])
+        keys = [query_key_N[tile].to(device) for query_key_N, _ in exclude]
+        ids_QW, scores_QW = index.search(query_ND[tile].to(device), keys)
+        return ids_QW.to(query_ND.device), scores_QW.to(query_ND.device)
 
     return search_in_tiles(search, query_ND, n_neighbors, stage, progress)
 
@@ -148,6 +162,23 @@ class TargetIndex:
     def search(self, query_QD: Tensor, query_keys: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
         """(Q, W) ids and scores of the nearest targets, as ``find_neighbors`` returns them."""
         self._check(query_QD, query_keys)
+        while True:
+            try:
+                with float32_sums():
+                    return self._search(query_QD, query_keys)
+            except torch.OutOfMemoryError as error:
+                self._halve(error)
+
+    def _halve(self, error: torch.OutOfMemoryError) -> None:
+        """Make do with half the memory."""
+        if self._budget_bytes < 2 * _LEAST_BUDGET_BYTES:
+            raise error
+        self._budget_bytes //= 2
+        self._tiers.clear()
+        torch.cuda.empty_cache()
+        log.warning("out of memory while searching: tiles are halved, to %d MiB", self._budget_bytes // 2**20)
+
+    def _search(self, query_QD: Tensor, query_keys: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         best_QW = missing_keys(len(query_QD), self.n_neighbors, query_QD.device)
         left = torch.arange(len(query_QD), device=query_QD.device)
         for dtype in self._dtypes:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from b3_lightning.mining.approximate import find_neighbors_approximately
+from b3_lightning.mining.backends import Backend, choose_backend
 from b3_lightning.mining.batches import random_clusters
 from b3_lightning.mining.clusters import cut_clusters
 from b3_lightning.mining.communities import find_communities
@@ -23,13 +24,15 @@ from b3_lightning.mining.hardness import best_hardness, mean_hardness
 from b3_lightning.mining.labels import rank_labels
 from b3_lightning.mining.negatives import draw_negatives
 from b3_lightning.mining.neighbors import Progress, find_neighbors, positive_scores
+from b3_lightning.mining.parts import cut_into_parts
 from b3_lightning.mining.plan import MinedPlan, join_tasks
 from b3_lightning.mining.ranks import RankChoice, choose_ranks
+from b3_lightning.mining.rerank import find_neighbors_with
 from b3_lightning.mining.settings import MiningSettings
 from b3_lightning.mining.stages import Stage, Stages, fingerprint
 from b3_lightning.mining.swaps import improve_by_swaps
 from b3_lightning.mining.window import rank_window
-from b3_lightning.types import Embeddings, Neighbors
+from b3_lightning.types import Embeddings, Neighbors, to_device
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +74,10 @@ def mine(
             ``cluster_size`` or than the rank window needs, on approximate neighbours below ``min_recall``.
     """
     rows = _Rows.check(query_ND, target_ND, settings, target_keys, query_keys, groups, tasks)
-    search = _Search(settings, stages or Stages(), progress)
+    backend = choose_backend(settings)
+    search = _Search(replace(settings, backend=backend.name), backend, stages or Stages(), progress)
     parts = [(task.ids, _mine_task(task, search)) for task in rows.by_task()]
-    mined = join_tasks(parts, rows.task_N, rows.task_names, settings)
+    mined = join_tasks(parts, rows.task_N, rows.task_names, search.settings)
     if batch_size is None:
         return mined
     return replace(mined, hardness=_hardness(mined, rows, batch_size))
@@ -89,7 +93,7 @@ def help_mine(
 ) -> None:
     """Do this process's share of what another one mines; arguments (``values``: keys, groups, tasks) as of ``mine``."""
     rows = _Rows.check(query_ND, target_ND, settings, **values)
-    search = _Search(settings, stages, None)
+    search = _Search(settings, choose_backend(settings), stages, None)
     for task in rows.by_task():
         search.rank(task, choose_ranks(task.embeddings, task.keys[0], settings.of_task(task.name)))
 
@@ -147,13 +151,15 @@ class _Search:
     """How neighbours are ranked and where finished tiles are kept."""
 
     settings: MiningSettings
+    backend: Backend
     stages: Stages
     progress: Progress | None
 
     def rank(self, task: _Task, choice: RankChoice) -> Neighbors:
         settings, embeddings = self.settings, task.embeddings
         search: dict[str, Any] = {
-            "memory_budget_gib": settings.memory_budget_gib,
+            "device": self.backend.device,
+            "memory_budget_gib": self.backend.budget_gib(settings),
             "stage": self._stage(task, choice),
             "progress": self.progress,
         }
@@ -166,14 +172,17 @@ class _Search:
             "n_neighbors": choice.first_rank + choice.n_ranks,
             "exclude": [(key_N, key_N) for key_N in task.keys],
         }
-        if settings.neighbors == "approximate":
-            found = find_neighbors_approximately(
-                query_ND, target_ND, min_recall=settings.min_recall, seed=settings.seed, **search
-            )
+        if settings.neighbors == "exact":
+            ids_NW, scores_NW = find_neighbors(query_ND, target_ND, **search)
+        else:
+            search |= {"min_recall": settings.min_recall, "seed": settings.seed}
+            if settings.neighbors == "approximate":
+                del search["device"]  # the lists are faiss's on the CPU
+                found = find_neighbors_approximately(query_ND, target_ND, **search)
+            else:
+                found = find_neighbors_with(settings.neighbors, query_ND, target_ND, **search)
             log.info("task %r: recall of the neighbours %.4f, %d lists a row", task.name, found.recall, found.n_probes)
             ids_NW, scores_NW = found.ids_NW, found.scores_NW
-        else:
-            ids_NW, scores_NW = find_neighbors(query_ND, target_ND, **search)
         return Neighbors(ids_NW, scores_NW, positive_scores(query_ND, target_ND))
 
     def _stage(self, task: _Task, choice: RankChoice) -> Stage:
@@ -191,37 +200,38 @@ class _Search:
 
 def _mine_task(task: _Task, search: _Search) -> MinedPlan:
     """The stages on one task, rows numbered from 0."""
-    settings = search.settings.of_task(task.name)
+    settings, backend = search.settings.of_task(task.name), search.backend
     embeddings, n_rows = task.embeddings, len(task.embeddings)
     seconds: dict[str, float] = {}
     timed = partial(_timed, seconds=seconds, progress=search.progress)
     with timed("ranks"):
         choice = choose_ranks(embeddings, task.keys[0], settings)
         _log_choice(task.name, n_rows, choice)
+    backend.check_memory(n_rows, embeddings.query_ND.shape[1], choice.last_rank + 1)
     with timed("neighbours"):
-        neighbors = search.rank(task, choice)
+        neighbors = to_device(search.rank(task, choice), backend.device)
     with timed("edges"):
         window = rank_window(neighbors, settings, first_rank=choice.first_rank, n_ranks=choice.n_ranks)
         edges = build_edges(neighbors, window, kind="either" if choice.labels else settings.edges)
-    algorithm, size, seed = settings.communities, settings.cluster_size, settings.seed
     with timed("communities"):
-        communities = find_communities(
-            edges, algorithm=algorithm, resolution=settings.resolution, cluster_size=size, seed=seed
-        )
+        communities = find_communities(edges, settings, backend)
     with timed("clusters"):
+        part_N = cut_into_parts(edges, communities, settings, backend)
         arcs = partial(window_arcs, neighbors, window)
-        clusters = cut_clusters(edges, communities, arcs, embeddings, algorithm=algorithm, cluster_size=size, seed=seed)
+        clusters = cut_clusters(edges, part_N, arcs, embeddings, cluster_size=settings.cluster_size)
     with timed("swaps"):
         clusters = improve_by_swaps(clusters, edges, max_rounds=settings.swap_rounds)
     with timed("negatives"):
-        negative_NH = draw_negatives(clusters, neighbors, window, task.keys, settings)
+        keys = [key_N.to(backend.device) for key_N in task.keys]
+        negative_NH = draw_negatives(clusters, neighbors, window, keys, settings)
+    host = partial(to_device, device=torch.device("cpu"))
     return MinedPlan(
-        neighbors=neighbors,
-        window=window,
-        edges=edges,
-        communities=communities,
-        clusters=clusters,
-        negative_NH=negative_NH,
+        neighbors=host(neighbors),
+        window=host(window),
+        edges=host(edges),
+        communities=host(communities),
+        clusters=host(clusters),
+        negative_NH=negative_NH.cpu(),
         task_N=torch.zeros(n_rows, dtype=torch.int64),
         task_names=(task.name,),
         settings=search.settings,

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from b3_lightning.mining.groups import permutation
 from b3_lightning.mining.neighbors import find_neighbors, positive_scores
 from b3_lightning.mining.settings import MiningSettings
 from b3_lightning.types import PADDING, Embeddings
@@ -63,7 +64,7 @@ def choose_ranks(embeddings: Embeddings, target_key_N: Tensor, settings: MiningS
 
 def _estimate(embeddings: Embeddings, target_key_N: Tensor, n_ranks: int, seed: int) -> RankChoice:
     n_looked_at = min(_N_RANKS, max(1, len(embeddings) // 10))
-    evidence_SW, reliable = _evidence(embeddings, target_key_N, n_looked_at, torch.Generator().manual_seed(seed))
+    evidence_SW, reliable = _evidence(embeddings, target_key_N, n_looked_at, seed)
     share_W = evidence_SW.double().mean(dim=0)
     by_chance = share_W[-max(1, n_looked_at // 4) :].mean()
     width = min(_SMOOTHED, n_looked_at)
@@ -78,17 +79,15 @@ def _estimate(embeddings: Embeddings, target_key_N: Tensor, n_ranks: int, seed: 
     return RankChoice(False, first_rank, n_ranks, reason, tuple(share_W.tolist()))
 
 
-def _evidence(
-    embeddings: Embeddings, target_key_N: Tensor, n_ranks: int, generator: torch.Generator
-) -> tuple[Tensor, bool]:
+def _evidence(embeddings: Embeddings, target_key_N: Tensor, n_ranks: int, seed: int) -> tuple[Tensor, bool]:
     """(S, W) bool: is the target at this rank likely to be right too? And: did scores above the positive's count?"""
     query_ND, target_ND = embeddings.query_ND, embeddings.target_ND
-    order = torch.randperm(len(embeddings), generator=generator)
+    order = permutation(len(embeddings), seed, target_key_N.device)
     sample, other = order[:_N_SAMPLED], order.roll(1)[:_N_SAMPLED]
     ids_SW, score_SW = find_neighbors(
         query_ND[sample], target_ND, n_neighbors=n_ranks, exclude=[(target_key_N[sample], target_key_N)]
     )
-    evidence_SW = torch.zeros(ids_SW.shape, dtype=torch.bool)
+    evidence_SW = torch.zeros_like(ids_SW, dtype=torch.bool)
     for vector_ND in (query_ND, target_ND):
         typical = 1 - (vector_ND[sample] * vector_ND[other]).sum(dim=1).median()
         pairs = zip(ids_SW.clamp(min=0), sample, strict=True)

@@ -7,23 +7,38 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 EdgeKind = Literal["mutual", "either"]
+BackendName = Literal["auto", "cpu", "gpu"]
+Search = Literal["exact", "approximate", "faiss", "cuvs"]
+Cut = Literal["kaminpar", "louvain"]
 CommunityAlgorithm = Literal["louvain", "leiden", "metis", "kaminpar", "none"]
 Ranked = Literal["auto", "rows", "labels"]
 NegativesOf = Literal["cluster", "row"]
 AUTO = "auto"
+MAX_LEVEL = 500
 
 _OF_THE_WHOLE_PLAN = (
-    "cluster_size", "n_negatives", "neighbors", "min_recall", "backend", "seed", "memory_budget_gib", "per_task",
+    "cluster_size", "n_negatives", "neighbors", "min_recall", "backend", "graph_gpus", "seed",
+    "memory_budget_gib", "per_task",
 )  # fmt: skip
 """Settings that a task cannot have of its own."""
-_LEAST = {"first_rank": 0, "n_ranks": 1, "cluster_size": 2, "swap_rounds": 0, "n_negatives": 0, "seed": 0}
+_LEAST = {
+    "max_level": 1,
+    "graph_gpus": 1,
+    "first_rank": 0,
+    "n_ranks": 1,
+    "cluster_size": 2,
+    "swap_rounds": 0,
+    "n_negatives": 0,
+    "seed": 0,
+}
 _CHOICES = {
     "ranked": get_args(Ranked),
     "edges": get_args(EdgeKind),
     "communities": get_args(CommunityAlgorithm),
     "negatives_of": get_args(NegativesOf),
-    "neighbors": ("exact", "approximate"),
-    "backend": ("cpu",),
+    "neighbors": get_args(Search),
+    "cut": get_args(Cut),
+    "backend": get_args(BackendName),
 }
 
 
@@ -50,18 +65,26 @@ class MiningSettings:
         communities: ``louvain`` or ``leiden`` (then cut by KaMinPar inside the communities), ``metis`` (the paper's own
             k-way partition), ``kaminpar`` (on the whole graph), or ``none`` (random clusters, only improved by swaps).
         resolution: of Louvain and Leiden; above 1 gives smaller communities.
+        threshold: cuGraph's Louvain stops where a level gains less modularity; networkit's has no such setting.
+        max_level: of cuGraph's Louvain and Leiden, 500 at most.
+        graph_gpus: above 1, communities are found on so many GPUs of this machine by Dask, for graphs that one cannot
+            hold (extra ``rapids-cu13``).
+        cut: how the communities of ``louvain`` and ``leiden`` become parts of about K: ``kaminpar`` keeps more edges
+            and runs on the host, ``louvain`` divides them at ever higher resolutions where the backend is.
         swap_rounds: at most so many rounds of swaps that raise the share of edges kept inside clusters; 0 leaves the
             clusters as they were cut (the paper's recipe is ``communities: metis`` with 0).
         n_negatives: hard negatives written for every row (the paper's h: 5 in B3++).
         negatives_of: drawn from what the whole ``cluster`` finds hard, by how many of its rows do (the paper), or from
             the ``row``'s own window.
         random_negatives: share of the hard negatives that is drawn from all rows instead.
-        neighbors: ``exact``, or ``approximate`` (faiss, extra ``cpu``), whose recall is measured; see the docs on
-            performance for when it costs less.
-        min_recall: approximate neighbours are refused below it.
-        backend: where mining runs.
+        neighbors: ``exact``; ``approximate`` (faiss's lists on the CPU, extra ``cpu``), see the docs on performance for
+            when it costs less; or brute force by ``faiss`` (CPU or GPU) or ``cuvs`` (GPU), ranked again exactly.
+        min_recall: where recall, which is measured for all but ``exact``, is below it, mining is refused.
+        backend: where mining runs: ``gpu``, ``cpu``, or ``auto``, which takes a GPU where there is one with the
+            packages for it, and says why not.
         seed: of every random choice; the same seed and settings give the same plan.
-        memory_budget_gib: bounds what the search for neighbours holds beside vectors and result.
+        memory_budget_gib: bounds what the search for neighbours holds beside vectors and result; a GPU gives half of
+            its free memory instead.
         per_task: other values for single tasks, such as ``{vqa: {first_rank: 70}}``.
 
     Score filters act inside the rank window: ranks are counted first, on all targets, then scores decide.
@@ -79,13 +102,17 @@ class MiningSettings:
     edges: EdgeKind = "mutual"
     communities: CommunityAlgorithm = "louvain"
     resolution: float = 1.0
+    threshold: float = 1e-7
+    max_level: int = 100
+    graph_gpus: int = 1
+    cut: Cut = "kaminpar"
     swap_rounds: int = 30
     n_negatives: int = 0
     negatives_of: NegativesOf = "cluster"
     random_negatives: float = 0.0
-    neighbors: Literal["exact", "approximate"] = "exact"
+    neighbors: Search = "exact"
     min_recall: float = 0.95
-    backend: Literal["cpu"] = "cpu"
+    backend: BackendName = "auto"
     seed: int = 0
     memory_budget_gib: float = 1.0
     per_task: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -95,10 +122,12 @@ class MiningSettings:
             value = getattr(self, name)
             if value != AUTO and value < least:
                 raise ValueError(f"{name}={value} is too small; it must be at least {least}")
+        if self.max_level > MAX_LEVEL:
+            raise ValueError(f"max_level={self.max_level} must be at most {MAX_LEVEL}, which cuGraph stops at")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
-        for name in ("resolution", "memory_budget_gib", "label_share"):
+        for name in ("resolution", "threshold", "memory_budget_gib", "label_share"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
         for name in ("random_negatives", "label_share", "min_recall"):
@@ -131,8 +160,15 @@ class MiningSettings:
 
     def check_fits(self, n_rows: int) -> None:
         """Refuse a row count that leaves no full window or no full cluster, and a search that is not installed."""
-        if self.neighbors == "approximate" and importlib.util.find_spec("faiss") is None:
-            raise ValueError("neighbors='approximate' needs faiss: pip install 'b3_lightning[cpu]', or set it to exact")
+        for name, module, extra in (
+            ("approximate", "faiss", "cpu"),
+            ("faiss", "faiss", "cpu"),
+            ("cuvs", "cuvs", "gpu-cu13"),
+        ):
+            if self.neighbors == name and importlib.util.find_spec(module) is None:
+                raise ValueError(
+                    f"neighbors={name!r} needs {module}: pip install 'b3_lightning[{extra}]', or set it to exact"
+                )
         if n_rows < self.cluster_size:
             raise ValueError(
                 f"{n_rows} rows are fewer than cluster_size={self.cluster_size}; "

@@ -60,14 +60,17 @@ class _Search:
         self._degree_N = torch.bincount(from_A, minlength=edges.n_rows)
         self._first_N = self._degree_N.cumsum(0) - self._degree_N
         self._edge_code_E = edges.source_E * edges.n_rows + edges.target_E
-        self._own_N = torch.zeros(edges.n_rows)
-        self._changed_C = torch.ones(len(self.ids_CK), dtype=torch.bool)
+        self._own_N = edges.weight_E.new_zeros(edges.n_rows)
+        self._changed_C = torch.ones_like(self.ids_CK[:, 0], dtype=torch.bool)
 
     def _arcs_of(self, row_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Every neighbour of these rows: (position in ``row_S``, neighbour, weight)."""
         degree_S = self._degree_N[row_S]
-        pair_A = torch.arange(len(row_S)).repeat_interleave(degree_S)
-        place_A = torch.arange(len(pair_A)) - (degree_S.cumsum(0) - degree_S - self._first_N[row_S])[pair_A]
+        pair_A = torch.arange(len(row_S), device=row_S.device).repeat_interleave(degree_S)
+        place_A = (
+            torch.arange(len(pair_A), device=pair_A.device)
+            - (degree_S.cumsum(0) - degree_S - self._first_N[row_S])[pair_A]
+        )
         return pair_A, self._to_A[place_A], self._weight_A[place_A]
 
     def find_swaps(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +106,7 @@ class _Search:
         """The ties between rows and clusters of which one is in, or is, the cluster of a row of ``row_R``."""
         pair_A, near_A, weight_A = self._arcs_of(row_R)
         row_A = row_R[pair_A]
-        here_N = torch.zeros(self.edges.n_rows, dtype=torch.bool)
+        here_N = torch.zeros_like(self.cluster_N, dtype=torch.bool)
         here_N[row_R] = True
         out_A = ~here_N[near_A]  # seen from there, such an edge leads into one of these clusters
         from_A, to_A = torch.cat([row_A, near_A[out_A]]), torch.cat([near_A, row_A[out_A]])
@@ -148,11 +151,11 @@ class _Search:
         pair_A, near_A, weight_A = self._arcs_of(row_S)
         cluster_A = self.cluster_N[near_A]
         weight_A = weight_A * ((cluster_A == to_S[pair_A]).float() - (cluster_A == own_S[pair_A]).float())
-        return torch.zeros(len(row_S)).index_add_(0, pair_A, weight_A)
+        return weight_A.new_zeros(len(row_S)).index_add_(0, pair_A, weight_A)
 
     def swap(self, first_S: Tensor, second_S: Tensor) -> None:
         """Let each pair change places."""
-        position_N = torch.empty(len(self.cluster_N), dtype=torch.int64)
+        position_N = torch.empty_like(self.cluster_N)
         filled_CK = self.ids_CK != PADDING
         position_N[self.ids_CK[filled_CK]] = filled_CK.flatten().nonzero().flatten()
         self.ids_CK.view(-1)[position_N[first_S]] = second_S
@@ -169,7 +172,7 @@ class _Ties:
     def __init__(self, row_A: Tensor, cluster_A: Tensor, weight_A: Tensor, n_clusters: int) -> None:
         self.n_clusters = n_clusters
         self.code_A, index_A = (row_A * n_clusters + cluster_A).unique(return_inverse=True)
-        self.weight_A = torch.zeros(len(self.code_A)).index_add_(0, index_A, weight_A)
+        self.weight_A = weight_A.new_zeros(len(self.code_A)).index_add_(0, index_A, weight_A)
 
     def __call__(self, row: Tensor, cluster: Tensor) -> Tensor:
         return _look_up(self.code_A, self.weight_A, row * self.n_clusters + cluster)
@@ -178,7 +181,7 @@ class _Ties:
 def _look_up(code_A: Tensor, weight_A: Tensor, code: Tensor) -> Tensor:
     """The weight that stands at each code of sorted ``code_A``; 0 where it is absent."""
     if len(code_A) == 0:
-        return torch.zeros(code.shape)
+        return weight_A.new_zeros(code.shape)
     place = torch.searchsorted(code_A, code).clamp_(max=len(code_A) - 1)
     return torch.where(code_A[place] == code, weight_A[place], 0.0)
 
@@ -188,10 +191,10 @@ def _independent(first_S: Tensor, second_S: Tensor, gain_S: Tensor, n_clusters: 
     order_S = gain_S.argsort(descending=True, stable=True)
     first_S, second_S = first_S[order_S], second_S[order_S]
     picked = []
-    left = torch.arange(len(order_S))
-    taken_C = torch.zeros(n_clusters, dtype=torch.bool)
+    left = torch.arange(len(order_S), device=order_S.device)
+    taken_C = torch.zeros(n_clusters, dtype=torch.bool, device=order_S.device)
     while len(left):
-        best_C = torch.full((n_clusters,), len(order_S))
+        best_C = order_S.new_full((n_clusters,), len(order_S))
         best_C.scatter_reduce_(0, first_S[left], left, "amin").scatter_reduce_(0, second_S[left], left, "amin")
         wins = left[(best_C[first_S[left]] == left) & (best_C[second_S[left]] == left)]
         picked.append(wins)

@@ -17,7 +17,7 @@ from b3_lightning.types import PADDING, Neighbors, Window
 
 def rank_window(neighbors: Neighbors, settings: MiningSettings, *, first_rank: int, n_ranks: int) -> Window:
     """Mark the ranks ``[first_rank, first_rank + n_ranks)`` that pass the score filters of ``settings``."""
-    rank_W = torch.arange(neighbors.ids_NW.shape[1])
+    rank_W = torch.arange(neighbors.ids_NW.shape[1], device=neighbors.ids_NW.device)
     filled_NW = neighbors.ids_NW != PADDING
     similar_NW = _too_similar(neighbors, settings)
     inside_W = (rank_W >= first_rank) & (rank_W < first_rank + n_ranks)
@@ -29,7 +29,7 @@ def rank_window(neighbors: Neighbors, settings: MiningSettings, *, first_rank: i
 
 def _too_similar(neighbors: Neighbors, settings: MiningSettings) -> Tensor:
     score_NW, positive_N1 = neighbors.scores_NW, neighbors.positive_score_N[:, None]
-    similar_NW = torch.zeros(score_NW.shape, dtype=torch.bool)
+    similar_NW = torch.zeros_like(score_NW, dtype=torch.bool)
     if settings.max_relative_score is not None:
         # the size of the positive's score, not its value: a negative cosine must not turn the filter round
         similar_NW |= score_NW > positive_N1 - (1 - settings.max_relative_score) * positive_N1.abs()

@@ -1,0 +1,38 @@
+"""What torch is set to do inside a matrix product, which the bounds of candidates.py depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def full_float32(device: torch.device) -> bool:
+    """Do products of float32 read all its bits there, and not those of bfloat16 or TF32?
+
+    Asked of the device's own setting: torch.get_float32_matmul_precision raises where the newer settings were used.
+    """
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    return backend.matmul.fp32_precision in ("none", "ieee")
+
+
+@contextmanager
+def float32_sums() -> Iterator[None]:
+    """Let products of 16-bit numbers be summed in float32 only.
+
+    By default cuBLAS may add partial sums in 16 bits, which is beyond any bound that float32 sums keep.
+    """
+    matmul = torch.backends.cuda.matmul
+    reductions = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    before = {name: (getattr(matmul, name), getattr(matmul, f"{name}_split_k")) for name in reductions}
+    accumulation = matmul.allow_fp16_accumulation
+    for name in reductions:
+        setattr(matmul, name, False)
+    matmul.allow_fp16_accumulation = False
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(matmul, name, value)
+        matmul.allow_fp16_accumulation = accumulation
