@@ -139,17 +139,21 @@ def find_neighbors_with(
     sample = permutation(len(query_ND), seed, torch.device("cpu"))[:n_sampled].sort().values
     expected_SW = reranker.exact_ids(query_ND[sample].to(device), sample.to(device)).to(query_ND.device)
     recall = reranker.recall(search(sample)[0], expected_SW)
-    if recall < min_recall:
-        raise ValueError(
-            f"neighbors={library!r} found {recall:.3f} of the neighbours of {len(sample)} sampled rows, "
-            f"min_recall={min_recall} was asked for: set neighbors to exact"
-        )
+    _check_recall(library, recall, min_recall, len(sample))
 
     def search_tile(tile: slice) -> tuple[Tensor, Tensor]:
         return search(torch.arange(tile.start, tile.stop))
 
     ids_NW, scores_NW = search_in_tiles(search_tile, query_ND, n_neighbors, stage, progress)
     return FoundNeighbors(ids_NW, scores_NW, recall)
+
+
+def _check_recall(library: str, recall: float, min_recall: float, n_sampled: int) -> None:
+    if recall < min_recall:
+        raise ValueError(
+            f"neighbors={library!r} found {recall:.3f} of the neighbours of {n_sampled} sampled rows, "
+            f"min_recall={min_recall} was asked for: set neighbors to exact"
+        )
 
 
 def _source(library: Literal["faiss", "cuvs"], target_MD: Tensor) -> CandidateSource:
