@@ -81,8 +81,12 @@ def choose_backend(settings: MiningSettings) -> Backend:
         reason = f"{', '.join(absent)} not installed: {INSTALL}"
     if settings.backend == "gpu":
         raise ValueError(f"data.mining.backend=gpu cannot be had: {reason}. Set it to cpu or auto")
-    if settings.graph_gpus > 1:
-        raise ValueError(f"data.mining.graph_gpus={settings.graph_gpus} needs the GPU backend: {reason}")
+    for given, needed in (
+        (f"graph_gpus={settings.graph_gpus}", settings.graph_gpus > 1),
+        ("neighbors='cuvs'", settings.neighbors == "cuvs"),
+    ):
+        if needed:
+            raise ValueError(f"data.mining.{given} needs the GPU backend: {reason}")
     if settings.backend == "cpu":
         return CPU
     log.info("mining on the CPU: %s", reason)
