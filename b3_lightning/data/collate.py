@@ -22,7 +22,9 @@ Preprocess = Callable[[Sequence[Any]], dict[str, Any]]
 
 
 def model_input(item: Item, image_root: Path) -> Any:
-    """What sentence-transformers takes: a text, an image, or ``{"image", "text"}``, in which order a model reads them.
+    """What sentence-transformers takes: a text, an image, or ``{"image", "text"}``.
+
+    The image comes first, as VLM2Vec and B3 have it: the words of a causal model see only what stands before them.
 
     A text that is nothing but a web address or a file name would be fetched and read as a picture by
     sentence-transformers; a space before it keeps it a text.
