@@ -34,8 +34,8 @@ def complete_adapter(model: Any, path: str) -> None:
     amiss = sorted(set(saved) ^ set(places))
     if amiss:
         raise ValueError(
-            f"{path}: {len(amiss)} of {len(set(saved) | set(places))} weights of the adapter do not fit the model, such "
-            f"as {amiss[0]}; merge the adapter into its base model with the version of transformers that it was made with"
+            f"{path}: {len(amiss)} of {len(set(saved) | set(places))} weights of the adapter do not fit, such as "
+            f"{amiss[0]}; merge it into its base model with the version of transformers that it was made with"
         )
     for key, weight in saved.items():
         places[key].copy_(weight.reshape(places[key].shape))

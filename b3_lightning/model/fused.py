@@ -12,7 +12,7 @@ _BOTH = ("image", "text")
 
 
 class FusedEmbedder(nn.Module):
-    """Give an item of image and text the normalised sum of its two unit vectors; all others go to the model as they are.
+    """Give an item of image and text the normalised sum of its two unit vectors; the model does all else.
 
     So are CLIP-like models compared on MMEB. It embeds and cannot be exported: for teachers.
     """
