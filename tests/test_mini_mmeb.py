@@ -83,3 +83,18 @@ def test_the_7b_config_trains_with_the_overlays_of_the_baseline(
     _fit(mini, models["qwen2_vl"], tmp_path / "run", f"--config={CONFIGS / 'b3_7b.yaml'}", *overlays)
     assert not (tmp_path / "run" / "plans").exists()
     assert "prompts: false" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_overlays_go_together(
+    mini: Path, models: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    overlays = [f"--config={CONFIGS / 'ablations' / f'{name}.yaml'}" for name in ("p0", "k8", "teacher_clip")]
+    with caplog.at_level("INFO", "b3_lightning"):
+        _fit(
+            mini, models["qwen2_vl"], tmp_path / "run", f"--config={CONFIGS / 'b3_2b.yaml'}", *overlays,
+            f"--data.teacher={models['clip']}", "--model.teacher_load.max_seq_length=64",
+        )  # fmt: skip
+    for name in tasks("vqa"):
+        assert f"task '{name}': ranks 0 to 99 are hard" in caplog.text
+    plan = json.loads((tmp_path / "run" / "plans" / "epoch-0000" / "plan.json").read_text())
+    assert plan["settings"]["cluster_size"] == 8

@@ -267,8 +267,9 @@ def _read_table(source: PairSource) -> pa.Table:
             raise ValueError(f"{path} is empty")
         return readers[path.suffix](path)
     if path.is_dir():
-        shards = find_shards(path)
-        return _read_shards(path, shards, source.split) if shards else _read_dataset_folder(path, source.split)
+        if not find_shards(path):
+            return _read_dataset_folder(path, source.split)
+        return pa.concat_tables(pq.read_table(shard) for shard in shards_of(path, source.split))
     if path.suffix or source.path.count("/") != 1 or source.path.startswith((".", "/", "~")):
         raise FileNotFoundError(
             f"no pairs file {source.path} (looked from {Path.cwd()}; data.pairs_root names another folder)"
@@ -290,28 +291,29 @@ def _read_csv(path: Path) -> pa.Table:
 
 
 def find_shards(folder: Path) -> dict[str, list[Path]]:
-    """The parquet files of every split in a folder as the hub lays it out: ``SPLIT-00000-of-00002.parquet`` and so on.
-
-    Raises:
-        ValueError: where some of a split's files are missing.
-    """
+    """Every split's parquet files in a folder as the hub lays it out: ``SPLIT-00000-of-00002.parquet`` and so on."""
     found: dict[str, list[Path]] = {}
-    counts: dict[str, int] = {}
     for path in sorted(folder.glob("*.parquet")):
         shard = _SHARD.fullmatch(path.name)
         if shard is not None:
             found.setdefault(shard["split"], []).append(path)
-            counts[shard["split"]] = int(shard["count"])
-    for split, count in counts.items():
-        if len(found[split]) != count:
-            raise ValueError(f"{folder} holds {len(found[split])} of the {count} files of split {split!r}")
     return found
 
 
-def _read_shards(folder: Path, shards: dict[str, list[Path]], split: str) -> pa.Table:
+def shards_of(folder: Path, split: str) -> list[Path]:
+    """The parquet files of one split.
+
+    Raises:
+        ValueError: where there is no such split, or some of its files are missing.
+    """
+    shards = find_shards(folder)
     if split not in shards:
         raise ValueError(f"{folder} has no split {split!r}; it has {sorted(shards)}")
-    return pa.concat_tables(pq.read_table(path) for path in shards[split])
+    shard = _SHARD.fullmatch(shards[split][0].name)
+    assert shard is not None
+    if len(shards[split]) != int(shard["count"]):
+        raise ValueError(f"{folder} holds {len(shards[split])} of the {int(shard['count'])} files of split {split!r}")
+    return shards[split]
 
 
 def _read_dataset_folder(path: Path, split: str) -> pa.Table:
