@@ -12,6 +12,7 @@ from collections.abc import Sequence
 VERBS = {
     "glyphs": "write the quickstart's data: pictures of characters and their names",
     "prepare": "check a downloaded MMEB, say what is missing and what gets it",
+    "evaluate": "a model on MMEB, caption retrieval or STS, published rows beside it",
     "compare": "the metrics of finished runs side by side",
 }
 """Every verb and what it does, in one line of the help."""
