@@ -9,12 +9,18 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from mini_mmeb import ROWS, TRAIN_ROWS, TRAINED, MiniMmeb, tasks
 
 from b3_lightning.cli import main
+from b3_lightning.data.mixture import place
 from b3_lightning.data.mmeb import find_task
+from b3_lightning.data.pairs import PairSource, load_pairs
+from b3_lightning.evaluation.mmeb import read_mmeb
+from b3_lightning.evaluation.sets import ReadSettings
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+MIXTURE = yaml.safe_load((CONFIGS / "data" / "mmeb_train.yaml").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +79,31 @@ def test_the_2b_config_with_hard_negatives_trains_and_is_evaluated(
         assert f"task '{task}': ranks {first} to" in caplog.text
     assert "ranks 70 to 169 are hard" in caplog.text
     assert json.loads((run / "plans" / "epoch-0000" / "plan.json").read_text())["settings"]["n_negatives"] == 5
-    assert (run / "export" / "adapter_model.safetensors").is_file()
+    output = tmp_path / "evaluation"
+    main(
+        [
+            "evaluate", "--suite=mmeb", f"--model={run / 'export'}", f"--data={mini / 'MMEB-eval'}",
+            f"--output={output}", "--wandb=disabled",
+        ]
+    )  # fmt: skip
+    results = json.loads((output / "results.json").read_text())
+    assert {entry["name"] for entry in results["sets"]} == set(ROWS)
+    assert {meta: results["means"][meta]["n_tasks"] for meta in TRAIN_ROWS} == {
+        "classification": 3, "vqa": 3, "retrieval": 4, "grounding": 2,
+    }  # fmt: skip
+    assert results["means"]["OOD"]["n_tasks"] == 1
+
+
+@pytest.mark.parametrize("name", ["HatefulMemes", "MSCOCO", "NIGHTS"])
+def test_training_and_evaluation_give_a_model_the_same_texts(name: str, mini: Path) -> None:
+    """Datasets without words of the row's own but labels: image token, line breaks and prompts must come out alike."""
+    entry = next(entry for entry in MIXTURE if entry["path"] == name)
+    pairs = load_pairs(place([PairSource(**entry)], str(mini / "MMEB-train"), prompts=True))
+    trained = {item.text for side in ("query", "target") for item in pairs.items(side)}
+    evaluated = {item.text for item in read_mmeb(name, ReadSettings(data=mini / "MMEB-eval")).items}
+    if name == "MSCOCO":  # the query names the object
+        trained, evaluated = ({text.split('"')[0] for text in texts} for texts in (trained, evaluated))
+    assert trained == evaluated
 
 
 def test_the_7b_config_trains_with_the_overlays_of_the_baseline(
