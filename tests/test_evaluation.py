@@ -32,6 +32,8 @@ from b3_lightning.evaluation.retrieval import read_retrieval
 from b3_lightning.evaluation.scoring import OwnCandidates, SharedCandidates
 from b3_lightning.evaluation.sets import ReadSettings
 from b3_lightning.evaluation.sts import read_sts
+from b3_lightning.evaluation.suites import SUITES
+from b3_lightning.evaluation.visdoc import read_visdoc
 from b3_lightning.model.embedder import LoadSettings, load_embedder
 
 I = "<|image_1|>\n"  # noqa: E741
@@ -168,6 +170,35 @@ def test_captions_and_images_are_ranked_both_ways(data: Path) -> None:
     assert Item("T Represent the given image.", "a/1.png") in asked.items
     assert Item("Q Find an image caption describing the given everyday image.", "a/1.png") in asked.items
     assert Item("T Represent the image caption: uno", "") in asked.items
+
+
+def test_pages_are_read_from_the_hubs_layout(data: Path, tmp_path: Path) -> None:
+    """Pictures in the file are written once; relevance is graded; an unknown page is refused."""
+    pictures = [(data / "images" / "a" / f"{index}.png").read_bytes() for index in range(3)]
+    folder = tmp_path / "ViDoRe_x"
+    files: dict[str, dict[str, Any]] = {
+        "corpus": {"corpus-id": [7, 8, 9], "image": [{"bytes": content, "path": "p.png"} for content in pictures]},
+        "queries": {"query-id": ["a", "b"], "query": ["which year", "how much"]},
+        "qrels": {"query-id": ["a", "a", "b"], "corpus-id": [8, 9, 7], "score": [2, 1, 1]},
+    }
+    for name, columns in files.items():
+        (folder / name).mkdir(parents=True)
+        pq.write_table(pa.table(columns), folder / name / "test-00000-of-00001.parquet")
+    assert SUITES["visdoc"].choose(ReadSettings(tmp_path), None) == ["ViDoRe_x"]
+    for _ in range(2):
+        read = read_visdoc("ViDoRe_x", ReadSettings(tmp_path))
+    scoring = read.tasks["ViDoRe_x"]
+    assert isinstance(scoring, SharedCandidates)
+    assert read.items[scoring.query_Q[0]].text == "Find a document image that matches the given query: which year"
+    right = {(tmp_path / read.items[item].image).read_bytes(): grade for item, grade in scoring.relevance_Q[0].items()}
+    assert right == {pictures[1]: 2.0, pictures[2]: 1.0}
+    columns = scoring.columns(torch.eye(5)[torch.tensor([*scoring.query_Q, *scoring.candidates_C]).argsort()])
+    assert scoring.metric == "ndcg_linear@5"
+    assert columns["ndcg_linear@5"].shape == (2,)
+    bad = pa.table({**files["qrels"], "corpus-id": [8, 9, 6]})
+    pq.write_table(bad, folder / "qrels" / "test-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match="page 6 in row 2, not both known"):
+        read_visdoc("ViDoRe_x", ReadSettings(tmp_path))
 
 
 def test_sentences_need_scores_that_differ(data: Path, tmp_path: Path) -> None:
