@@ -1,7 +1,9 @@
 """What others report, to stand beside ours and never to be taken for it; in percent.
 
 Sources: B3 (arXiv 2505.11293) Tables 1, 2, 3 and 6; the score files of VLM2Vec v2.0.1 for the teachers' tasks; model
-cards and the MMEB board for the newer ones, of which only the mean of the 36 image tasks is comparable.
+cards and the MMEB board for the newer ones, of which only the mean of the 36 image tasks is comparable. Rows are as
+printed: the small teacher's does not add up (its groups give 60.1, it says 59.3), and the teachers' figures by task are
+of other runs than Table 1 (their means are 59.7 and 65.4).
 """
 
 from __future__ import annotations

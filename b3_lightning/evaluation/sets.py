@@ -114,12 +114,15 @@ def find_files(data: Path, name: str) -> list[Path]:
     return []
 
 
-def discover(data: Path, known: Sequence[str] = ()) -> list[str]:
-    """Names of the sets in a folder, in the order of ``known``; any names where that is empty."""
+def discover(data: Path, known: Sequence[str] = (), probe: str = "{}") -> list[str]:
+    """Names of the sets in a folder, in the order of ``known``; any names where that is empty.
+
+    A set is there where the files of ``probe``, filled with its name, are.
+    """
     if not data.is_dir():
         raise FileNotFoundError(f"--data {data} is no folder (looked from {Path.cwd()})")
     names = known or sorted({path.stem if path.is_file() else path.name for path in data.iterdir()})
-    return [name for name in names if find_files(data, name)]
+    return [name for name in names if find_files(data, probe.format(name))]
 
 
 def read_files(data: Path, name: str, columns: Sequence[str]) -> tuple[dict[str, list[Any]], str]:

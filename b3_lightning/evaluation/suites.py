@@ -1,7 +1,7 @@
 """The registry of suites: how a suite's sets are found and read, which means are taken, what others report.
 
 A new suite is a reader that makes an ``EvalSet`` of a name, and an entry here; its tasks bring their own metric (of
-``scoring.METRICS``), so that a suite may mix them, as MMEB-V2 does.
+``scoring.METRICS``), so that a suite may mix them, as MMEB-V2 does with hit@1 and NDCG@5.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from b3_lightning.evaluation.published import MMEB, RETRIEVAL, STS, PublishedRow
 from b3_lightning.evaluation.retrieval import read_retrieval
 from b3_lightning.evaluation.sets import EvalSet, ReadSettings, discover
 from b3_lightning.evaluation.sts import STS_NAMES, read_sts
+from b3_lightning.evaluation.visdoc import read_visdoc
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Suite:
         sets: names of its sets, in their order; empty where any file of the layout is one.
         groups: name of a mean -> the tasks that it is taken over, unweighted.
         published: what others report.
+        probe: which files show that a set is there, its name filled in.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Suite:
     sets: tuple[str, ...] = ()
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
     published: tuple[PublishedRow, ...] = ()
+    probe: str = "{}"
 
     def choose(self, settings: ReadSettings, wanted: list[str] | None) -> list[str]:
         """Names of the sets to run: those wanted, or all that the folder has.
@@ -45,13 +48,14 @@ class Suite:
             FileNotFoundError: where the folder, or any set in it, is not there.
             ValueError: where a wanted name is none of the suite's.
         """
-        found = discover(settings.data, self.sets)
+        found = discover(settings.data, self.sets, self.probe)
         unknown = sorted(set(wanted or ()) - set(self.sets or wanted or ()))
         if unknown:
             raise ValueError(f"--tasks {' '.join(unknown)}: no set of {self.name}; they are {', '.join(self.sets)}")
         absent = [name for name in wanted or () if name not in found]
         if absent or not found:
-            looked = f"{absent[0]}/test-*.parquet or {absent[0]}.parquet" if absent else "NAME/test-*.parquet"
+            name = self.probe.format(absent[0] if absent else "NAME")
+            looked = f"{name}/test-*.parquet or {name}.parquet"
             raise FileNotFoundError(
                 f"{settings.data} has no {' '.join(absent) or f'set of {self.name}'}: looked for {looked}; "
                 f"it has {', '.join(found) or 'none'}"
@@ -79,6 +83,10 @@ SUITES: dict[str, Suite] = {
         Suite(
             "sts", "similarity of sentences (STS12-16, STSb, SICK-R): Spearman", read_sts, "Spearman x 100", STS_NAMES,
             {"all": STS_NAMES}, STS,
+        ),
+        Suite(
+            "visdoc", "pages of documents, MMEB-V2's ViDoRe and VisRAG: NDCG@5 with linear gain", read_visdoc,
+            "NDCG@5 x 100", probe="{}/queries",
         ),
     )
 }  # fmt: skip

@@ -36,7 +36,8 @@ class Sheet:
         table = Table(title=self.title, caption=self.note or None, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.title_justify = table.caption_justify = "left"
         for index, name in enumerate(self.header):
-            table.add_column(name, justify="left" if index < self.n_words else "right", no_wrap=index >= self.n_words)
+            words = index < self.n_words
+            table.add_column(name, justify="left" if words else "right", no_wrap=not words, overflow="fold")
         for row in self.rows:
             table.add_row(*row, style="bold" if OURS in row else None)
         return table
