@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import dis
 import logging
-import netrc
 import os
 import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlparse
+from typing import Any
 
 import lightning as L
 import yaml
@@ -31,6 +29,7 @@ from b3_lightning.mining import MinedPlan
 from b3_lightning.model import ContrastiveModule
 from b3_lightning.reports.compare import SHOWN, best_validation, keep_old_metrics
 from b3_lightning.reports.plan import write_plan_report
+from b3_lightning.reports.wandb_mode import WandbMode, is_offline
 from b3_lightning.verbs import VERBS, run_verb
 
 DESCRIPTION = "Train embedding models on batches mined to be hard (B3)."
@@ -65,26 +64,13 @@ class RunSettings:
     project: str = "b3_lightning"
     group: str | None = None
     tags: list[str] = field(default_factory=list)
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    wandb: WandbMode = "auto"
     checkpoint_every_n_steps: int | None = None
     merge_adapter: bool = False
 
     def is_offline(self) -> bool:
         """Does W&B stay on this machine?"""
-        if self.wandb != "auto":
-            return self.wandb == "offline"
-        if os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
-            return True
-        return not _has_wandb_key()
-
-
-def _has_wandb_key() -> bool:
-    """Did the user log in, by WANDB_API_KEY or ``wandb login`` (which writes ~/.netrc)?"""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
-    return path.is_file() and netrc.netrc(path).authenticators(host) is not None
+        return is_offline(self.wandb)
 
 
 class B3Trainer(L.Trainer):
@@ -363,6 +349,7 @@ def _quieten() -> None:
         ".*exists and is not empty",
         ".*callbacks used to create the checkpoint need to be provided",
         ".*could not find the monitored key",
+        ".*Total length of `list` across ranks is zero",  # no validation pairs
         ".*isinstance.treespec, LeafSpec.",
     ):
         warnings.filterwarnings("ignore", message=message)

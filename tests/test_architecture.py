@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ast
+import functools
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from b3_lightning.cli import main
 
@@ -81,15 +86,33 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
 
 
-@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+CONFIGS = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs" / "ablations").glob("*.yaml")])
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_parses_and_says_how_to_run_it(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     header = [line for line in config.read_text().splitlines() if line.startswith("#")]
     assert any("Hardware:" in line for line in header)
-    assert any("Command:" in line for line in header)
+    command = next(line for line in header if "Command:" in line)
+    # an overlay's command names the config below it
+    given = [f"--config={ROOT / name}" for name in re.findall(r"--config[ =](configs/[^ ]+\.yaml)", command)]
+    assert given[-1] == f"--config={config}"
     with pytest.raises(SystemExit) as stop:
-        main(["fit", f"--config={config}", "--print_config"])
+        main(["fit", *given, "--print_config"])
     assert stop.value.code == 0
-    assert "batch_size" in capsys.readouterr().out
+    parsed = yaml.safe_load(capsys.readouterr().out)
+    for path, value in _leaves(yaml.safe_load(config.read_text())):
+        if path != ("data", "train_pairs"):
+            found = functools.reduce(lambda group, name: group[name], path, parsed)
+            assert found == value, f"{'.'.join(path)} of {config.name} is lost"
+
+
+def _leaves(group: dict[str, Any], *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, value in group.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, *path, name)
+        else:
+            yield (*path, name), value
 
 
 def test_a_wheel_holds_the_callbacks_and_the_types_marker(tmp_path: Path) -> None:

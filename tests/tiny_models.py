@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +48,18 @@ CHAT_TEMPLATE = (
 )
 
 
-def _tokenizer(*special: str, **named: str) -> PreTrainedTokenizerFast:
+def _tokenizer(
+    *special: str, lines: Sequence[str] = LINES, vocab_size: int = 400, **named: str
+) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
+        vocab_size=vocab_size,
         special_tokens=[*named.values(), *special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(LINES, trainer)
+    tokenizer.train_from_iterator(lines, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, additional_special_tokens=list(special), model_max_length=512, **named
     )
@@ -126,10 +129,17 @@ def siglip(folder: Path) -> str:
 
 
 def _qwen(
-    folder: Path, config_class: Any, model_class: Any, processor_class: Any, vision: dict[str, Any], patch_size: int
+    folder: Path,
+    config_class: Any,
+    model_class: Any,
+    processor_class: Any,
+    vision: dict[str, Any],
+    patch_size: int,
+    **vocabulary: Any,
 ) -> str:
     torch.manual_seed(0)
-    tokenizer = _tokenizer("<|im_start|>", "<|im_end|>", *VISION, pad_token="<|endoftext|>", eos_token="<|endoftext|>")
+    ends: dict[str, Any] = {"pad_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    tokenizer = _tokenizer("<|im_start|>", "<|im_end|>", *VISION, **vocabulary, **ends)
     ids = {name.strip("<|>"): tokenizer.convert_tokens_to_ids(name) for name in VISION}
     text = {**TEXT, "vocab_size": len(tokenizer), "rope_parameters": ROPE}
     if "out_hidden_size" in vision and config_class is Qwen3VLConfig:
@@ -152,10 +162,10 @@ def _qwen(
     return str(folder)
 
 
-def qwen2_vl(folder: Path) -> str:
-    """A Qwen2-VL of 32 dimensions and 2 layers."""
+def qwen2_vl(folder: Path, **vocabulary: Any) -> str:
+    """A Qwen2-VL of 32 dimensions and 2 layers; its subwords are learned from ``lines``, at most ``vocab_size``."""
     vision = {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}
-    return _qwen(folder, Qwen2VLConfig, Qwen2VLModel, Qwen2VLProcessor, vision, 14)
+    return _qwen(folder, Qwen2VLConfig, Qwen2VLModel, Qwen2VLProcessor, vision, 14, **vocabulary)
 
 
 def qwen2_5_vl(folder: Path) -> str:
@@ -179,13 +189,13 @@ def qwen3_vl(folder: Path) -> str:
 def internvl(folder: Path) -> str:
     """An InternVL of 32 dimensions on pictures of 28 x 28 and their crops: 1 token of text for every 2 x 2 patches."""
     torch.manual_seed(0)
-    named = {
+    named: dict[str, Any] = {
         "start_image_token": "<img>",
         "end_image_token": "</img>",
         "context_image_token": "<IMG_CONTEXT>",
         "video_token": "<video>",
     }
-    ends = {"pad_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    ends: dict[str, Any] = {"pad_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
     tokenizer = _tokenizer("<|im_start|>", "<|im_end|>", *named.values(), **ends)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer, extra_special_tokens=named, model_max_length=512, **ends

@@ -22,7 +22,9 @@ Preprocess = Callable[[Sequence[Any]], dict[str, Any]]
 
 
 def model_input(item: Item, image_root: Path) -> Any:
-    """What sentence-transformers takes: a text, an image, or ``{"text", "image"}``.
+    """What sentence-transformers takes: a text, an image, or ``{"image", "text"}``.
+
+    The image comes first, as VLM2Vec and B3 have it: the words of a causal model see only what stands before them.
 
     A text that is nothing but a web address or a file name would be fetched and read as a picture by
     sentence-transformers; a space before it keeps it a text.
@@ -30,7 +32,7 @@ def model_input(item: Item, image_root: Path) -> Any:
     if not item.image:
         return item.text if infer_modality(item.text) == "text" else f" {item.text}"
     image = load_image(item.image, image_root)
-    return {"text": item.text, "image": image} if item.text else image
+    return {"image": image, "text": item.text} if item.text else image
 
 
 class Features(NamedTuple):

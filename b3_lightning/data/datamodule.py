@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader
 from b3_lightning.data.collate import PairCollator, PairDataset
 from b3_lightning.data.images import ImageCheck
 from b3_lightning.data.miner import MiningRequest, NewPlan, PairMiner
+from b3_lightning.data.mixture import Sources, choose, mining_of, place
 from b3_lightning.data.pairs import Modality, PairTable
 from b3_lightning.data.sampler import EpochBatches, EpochLoader
-from b3_lightning.data.splits import Sources, Split
+from b3_lightning.data.splits import Split
 from b3_lightning.data.teacher import VECTOR_SUFFIXES, check_vectors
 from b3_lightning.mining import BatchPlan, MinedPlan, MiningSettings, Processes, random_clusters
 from b3_lightning.mining.batches import check_batch_size
@@ -32,6 +33,9 @@ class PairsDataModule(L.LightningDataModule):
         train_pairs: a file, a dataset folder or hub name, a ``PairSource``, or a list of these.
         val_pairs: the same, for validation.
         test_pairs: the same, for ``test``; ``predict`` embeds them too.
+        pairs_root: folder that relative paths of pairs files are relative to.
+        tasks: train on these of the tasks of ``train_pairs`` only.
+        prompts: put the sources' prompts before their texts.
         image_root: folder that image paths are relative to; none may leave it.
         batches: ``b3`` mines, ``random`` is the baseline arm with everything else the same.
         batch_size: of the global batch, all processes together.
@@ -56,6 +60,9 @@ class PairsDataModule(L.LightningDataModule):
         train_pairs: Sources | None = None,
         val_pairs: Sources | None = None,
         test_pairs: Sources | None = None,
+        pairs_root: str = ".",
+        tasks: list[str] | None = None,
+        prompts: bool = True,
         image_root: str = ".",
         batches: Literal["b3", "random"] = "b3",
         batch_size: int = 64,
@@ -71,10 +78,17 @@ class PairsDataModule(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.sources = {"train": train_pairs, "val": val_pairs, "test": test_pairs}
+        given = {"train": train_pairs, "val": val_pairs, "test": test_pairs}
+        self.sources = {
+            split: None if sources is None else place(sources, pairs_root, prompts=prompts)
+            for split, sources in given.items()
+        }
+        mixture = self.sources["train"] or []
+        if mixture:
+            self.sources["train"] = choose(mixture, tasks)
         self.image_root = Path(image_root)
         self.batches, self.batch_size, self.eval_batch_size = batches, batch_size, eval_batch_size
-        self.teacher, self.plan_folder, self.mining = teacher, plan, mining
+        self.teacher, self.plan_folder, self.mining = teacher, plan, mining_of(mining, mixture, tasks)
         self.mined_frac, self.n_file_negatives, self.cache = mined_frac or {}, n_file_negatives, cache
         self.num_workers, self.image_check, self.seed = num_workers, image_check, seed
         self.mined: MinedPlan | None = None

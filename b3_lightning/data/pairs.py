@@ -4,11 +4,17 @@ Columns (MMEB-train's names): ``qry``, ``qry_image_path``, ``pos_text``, ``pos_i
 image or both in every row. Optional are ``group``: rows that share one are never each other's negatives; and
 ``neg_text``, ``neg_image_path``: hard negatives of a row, one or a list, the empty string for none. Other names are
 mapped by ``PairSource.columns``.
+
+MMEB's texts carry ``<|image_1|>`` where the image belongs, and some carry it without an image. A file with it anywhere
+has it taken out of all its texts, with the line break after it and what is blank at the ends: the model's own processor
+puts the token that the model knows where there is an image.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +26,15 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
+from b3_lightning.data.mmeb import IMAGE_TOKEN, without_image_token
 from b3_lightning.types import name_rows
+
+log = logging.getLogger(__name__)
 
 TEXT_AND_IMAGE = {"query": ("qry", "qry_image_path"), "target": ("pos_text", "pos_image_path")}
 COLUMNS = (*(column for pair in TEXT_AND_IMAGE.values() for column in pair), "group")
 NEGATIVE_COLUMNS = ("neg_text", "neg_image_path")
+_SHARD = re.compile(r"(?P<split>.+?)-\d+-of-(?P<count>\d+)(-[0-9a-f]+)?\.parquet")
 
 
 @dataclass(frozen=True)
@@ -32,13 +42,15 @@ class PairSource:
     """One pairs file and how to read it.
 
     Args:
-        path: a .parquet, .jsonl, .csv file, a folder written by ``datasets.save_to_disk``, or a dataset's hub name.
+        path: a .parquet, .jsonl, .csv file, a folder of parquet files ``SPLIT-*.parquet`` as the hub lays them out, a
+            folder written by ``datasets.save_to_disk``, or a dataset's hub name.
         task: rows of one task share batches; the file's name where absent.
         weight: how many times an epoch passes over the task.
-        split: of a dataset folder or hub name.
+        split: of a folder or hub name; MMEB-train has ``original`` and ``diverse_instruction``.
         columns: ours -> the file's, such as ``{qry: question, pos_text: answer}``.
         query_prompt: put before the query's text.
-        target_prompt: put before the target's text.
+        target_prompt: put before the target's text and the texts of its hard negatives.
+        mining: the task's own settings, such as ``{first_rank: 70}``; ``data.mining.per_task`` goes before them.
     """
 
     path: str
@@ -48,6 +60,12 @@ class PairSource:
     columns: dict[str, str] = field(default_factory=dict)
     query_prompt: str = ""
     target_prompt: str = ""
+    mining: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Its task's."""
+        return self.task or Path(self.path).stem
 
 
 class Item(NamedTuple):
@@ -127,16 +145,35 @@ def load_pairs(sources: str | PairSource | Sequence[str | PairSource]) -> PairTa
     weights: dict[str, float] = {}
     for entry in listed:
         source = PairSource(entry) if isinstance(entry, str) else entry
-        task = source.task or Path(source.path).stem
+        task = source.name
         if weights.setdefault(task, source.weight) != source.weight:
             raise ValueError(f"task {task!r} is given the weights {weights[task]} and {source.weight}; give it one")
-        table = _read_table(source)
+        table = _without_image_tokens(_read_table(source), source)
         read = _read_columns(table, source)
         negatives += _read_negatives(table, source)
         for name in COLUMNS:
             columns[name] += read[name]
         tasks += [task] * len(read["qry"])
     return PairTable(columns, tasks, weights, negatives)
+
+
+def _without_image_tokens(table: pa.Table, source: PairSource) -> pa.Table:
+    """Clean the texts of a file that holds MMEB's placeholder for images."""
+    names = [source.columns.get(name, name) for name in ("qry", "pos_text", "neg_text")]
+    texts = {name: table[name].to_pylist() for name in names if name in table.column_names}
+    n_found = sum(IMAGE_TOKEN in str(value) for values in texts.values() for value in values)
+    if n_found:
+        log.info("%s: %s taken out of the texts of %d cells", source.path, IMAGE_TOKEN, n_found)
+        for name, values in texts.items():
+            column = pa.array([_without_image_token(value) for value in values], table[name].type)
+            table = table.set_column(table.column_names.index(name), name, column)
+    return table
+
+
+def _without_image_token(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_image_token(one) for one in value]
+    return without_image_token(value) if isinstance(value, str) else value
 
 
 def _read_columns(table: pa.Table, source: PairSource) -> dict[str, list[str]]:
@@ -230,9 +267,13 @@ def _read_table(source: PairSource) -> pa.Table:
             raise ValueError(f"{path} is empty")
         return readers[path.suffix](path)
     if path.is_dir():
-        return _read_dataset_folder(path, source.split)
+        if not find_shards(path):
+            return _read_dataset_folder(path, source.split)
+        return pa.concat_tables(pq.read_table(shard) for shard in shards_of(path, source.split))
     if path.suffix or source.path.count("/") != 1 or source.path.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"no pairs file {source.path} (looked from {Path.cwd()})")
+        raise FileNotFoundError(
+            f"no pairs file {source.path} (looked from {Path.cwd()}; data.pairs_root names another folder)"
+        )
     import datasets
 
     return datasets.load_dataset(source.path, split=source.split).with_format("arrow")[:]
@@ -247,6 +288,32 @@ def _read_csv(path: Path) -> pa.Table:
         parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
         convert_options=pyarrow.csv.ConvertOptions(column_types=columns),
     )
+
+
+def find_shards(folder: Path) -> dict[str, list[Path]]:
+    """Every split's parquet files in a folder as the hub lays it out: ``SPLIT-00000-of-00002.parquet`` and so on."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*.parquet")):
+        shard = _SHARD.fullmatch(path.name)
+        if shard is not None:
+            found.setdefault(shard["split"], []).append(path)
+    return found
+
+
+def shards_of(folder: Path, split: str) -> list[Path]:
+    """The parquet files of one split.
+
+    Raises:
+        ValueError: where there is no such split, or some of its files are missing.
+    """
+    shards = find_shards(folder)
+    if split not in shards:
+        raise ValueError(f"{folder} has no split {split!r}; it has {sorted(shards)}")
+    shard = _SHARD.fullmatch(shards[split][0].name)
+    assert shard is not None
+    if len(shards[split]) != int(shard["count"]):
+        raise ValueError(f"{folder} holds {len(shards[split])} of the {int(shard['count'])} files of split {split!r}")
+    return shards[split]
 
 
 def _read_dataset_folder(path: Path, split: str) -> pa.Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,6 @@ from b3_lightning.data.pairs import TEXT_AND_IMAGE, Item, Modality, PairSource, 
 from b3_lightning.mining import fingerprint
 
 Content = tuple[str, str]
-Sources = str | PairSource | list[str | PairSource]
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,9 @@ class Split:
     negative_keys: list[list[int]]
 
     @classmethod
-    def read(cls, sources: Sources, image_root: Path, image_check: ImageCheck) -> Split:
+    def read(
+        cls, sources: str | PairSource | Sequence[str | PairSource], image_root: Path, image_check: ImageCheck
+    ) -> Split:
         """Read and check files, columns and images.
 
         Raises:

@@ -63,42 +63,65 @@ class PairEncoder:
         stage = self.stages.stage("vectors", content)
         items = {side: self.pairs.items(side) for side in ("query", "target")}
         distinct = sorted(set(items["query"]) | set(items["target"]), key=lambda item: (-len(item.text), item))
-        n_parts = math.ceil(len(distinct) / PART_ITEMS)
-        self._encode_parts(stage, stage.missing(n_parts), distinct, model.preprocess, embed)
-        vector_UD = torch.cat([part["vector_UD"] for part in stage.collect(n_parts)])
+        how = Encoding(self.image_root, self.batch_size, self.num_workers, progress=self.progress)
+        vector_UD = encode_items(stage, distinct, model.preprocess, embed, how)
         position = {item: index for index, item in enumerate(distinct)}
         query, target = (vector_UD[[position[item] for item in items[side]]] for side in ("query", "target"))
         return Embeddings.from_arrays(query, target)
 
-    def _encode_parts(
-        self, stage: Stage, parts: list[int], distinct: list[Item], preprocess: Preprocess, embed: Embed
-    ) -> None:
-        batches = _batches_of_parts(parts, len(distinct), self.batch_size)
-        loader = DataLoader(
-            PairDataset(len(distinct)),
-            batch_sampler=batches,
-            num_workers=self.num_workers,
-            collate_fn=ItemCollator(distinct, self.image_root, preprocess),
-        )
-        n_all, n_done = sum(len(batch) for batch in batches), 0
-        vectors: list[Tensor] = []
-        for positions, features in loader:
-            vectors.append(embed(features).float().cpu())
-            n_done += len(positions)
-            if self.progress is not None:
-                self.progress("encoding", n_done, n_all)
-            last = int(positions[-1])
-            if (last + 1) % PART_ITEMS == 0 or last + 1 == len(distinct):
-                stage.put(last // PART_ITEMS, {"vector_UD": torch.cat(vectors)})
-                vectors = []
+
+@dataclass(frozen=True)
+class Encoding:
+    """How items become vectors.
+
+    Args:
+        batch_size: items embedded at once.
+        part_items: of a part, which one process encodes and a killed run may lose.
+        progress: told of every batch, as the stage ``label``.
+    """
+
+    image_root: Path
+    batch_size: int
+    num_workers: int
+    part_items: int = PART_ITEMS
+    progress: Progress | None = None
+    label: str = "encoding"
 
 
-def _batches_of_parts(parts: list[int], n_items: int, batch_size: int) -> list[list[int]]:
+def encode_items(stage: Stage, items: list[Item], preprocess: Preprocess, embed: Embed, how: Encoding) -> Tensor:
+    """(U, D) vectors of items, on the CPU; parts that the stage has are not encoded again.
+
+    Every process of the stage encodes its share and returns all.
+    """
+    n_parts = math.ceil(len(items) / how.part_items)
+    batches = _batches_of_parts(stage.missing(n_parts), len(items), how)
+    loader = DataLoader(
+        PairDataset(len(items)),
+        batch_sampler=batches,
+        num_workers=how.num_workers,
+        collate_fn=ItemCollator(items, how.image_root, preprocess),
+    )
+    n_all, n_done = sum(len(batch) for batch in batches), 0
+    vectors: list[Tensor] = []
+    for positions, features in loader:
+        vectors.append(embed(features).float().cpu())
+        n_done += len(positions)
+        if how.progress is not None:
+            how.progress(how.label, n_done, n_all)
+        last = int(positions[-1])
+        if (last + 1) % how.part_items == 0 or last + 1 == len(items):
+            stage.put(last // how.part_items, {"vector_UD": torch.cat(vectors)})
+            vectors = []
+    return torch.cat([part["vector_UD"] for part in stage.collect(n_parts)])
+
+
+def _batches_of_parts(parts: list[int], n_items: int, how: Encoding) -> list[list[int]]:
     """Positions in batches, none of which crosses the border of a part."""
+    n, size = how.part_items, how.batch_size
     return [
-        list(range(start, min(start + batch_size, n_items, (part + 1) * PART_ITEMS)))
+        list(range(start, min(start + size, n_items, (part + 1) * n)))
         for part in parts
-        for start in range(part * PART_ITEMS, min((part + 1) * PART_ITEMS, n_items), batch_size)
+        for start in range(part * n, min((part + 1) * n, n_items), size)
     ]
 
 

@@ -14,6 +14,9 @@ from sentence_transformers.base.modules import Normalize, Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from b3_lightning.model.adapters import complete_adapter
+from b3_lightning.model.fused import FusedEmbedder
+
 
 @dataclass(frozen=True)
 class SmallEmbedder:
@@ -92,6 +95,8 @@ class LoadSettings:
         min_pixels: an image is enlarged to at least so many, for Qwen2-VL and its kin.
         max_pixels: an image is shrunk to at most so many; given with ``min_pixels`` or not at all.
         dtype: of the weights, such as ``bfloat16``; float32 where absent.
+        chat_template: a Jinja template instead of the model's own, for what stands around texts and images; the
+            VLM2Vec and B3 models were trained on the bare text with the image's token before it.
         gradient_checkpointing: trade compute for memory.
     """
 
@@ -100,6 +105,7 @@ class LoadSettings:
     min_pixels: int | None = None
     max_pixels: int | None = None
     dtype: str | None = None
+    chat_template: str | None = None
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -135,10 +141,13 @@ def load_embedder(path: str, load: LoadSettings, lora: LoraSettings | None) -> S
         transformer = Transformer(path, model_kwargs=model_kwargs, processor_kwargs=pixels)
         pooling = Pooling(transformer.get_embedding_dimension(), load.pooling)
         model = SentenceTransformer(modules=[transformer, pooling], device="cpu")
+    complete_adapter(model, path)
     if not isinstance(model[-1], Normalize):
         model.append(Normalize())
     if load.min_pixels is not None:
         _check_counts_pixels(model, path)
+    if load.chat_template is not None:
+        _set_template(model, load.chat_template, path)
     _pad_as_trained(model)
     if load.max_seq_length is not None:
         model.max_seq_length = load.max_seq_length
@@ -147,6 +156,14 @@ def load_embedder(path: str, load: LoadSettings, lora: LoraSettings | None) -> S
     if load.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def _set_template(model: SentenceTransformer, template: str, path: str) -> None:
+    """Replace the chat template; exports keep it, since it is saved with the processor."""
+    first: Any = model[0]
+    if getattr(getattr(first, "processor", None), "chat_template", None) is None:
+        raise ValueError(f"model.load.chat_template: {path} has no chat template to replace; leave it out")
+    first.processor.chat_template = template
 
 
 def _pad_as_trained(model: SentenceTransformer) -> None:
@@ -186,13 +203,13 @@ def _add_lora(model: SentenceTransformer, lora: LoraSettings) -> None:
     )
 
 
-def check_supports(model: SentenceTransformer, name: str, modalities: Iterable[Any]) -> None:
+def check_supports(model: SentenceTransformer | FusedEmbedder, name: str, modalities: Iterable[Any]) -> None:
     """Refuse pairs that hold what the model does not take: ``text``, ``image`` or ``(image, text)`` in one item."""
     unfit = sorted(str(modality) for modality in modalities if not model.supports(modality))
     if unfit:
         raise ValueError(
             f"{name} does not take {', '.join(unfit)}, which the pairs hold; it takes {model.modalities}. "
-            "Pictures with text in one item need a vision-language model"
+            "Pictures with text in one item need a vision-language model, or model.fuse_teacher for a teacher like CLIP"
         )
 
 

@@ -30,6 +30,7 @@ from b3_lightning.model.embedder import (
     load_embedder,
     small_vocabulary,
 )
+from b3_lightning.model.fused import FusedEmbedder
 from b3_lightning.model.gradcache import Encode, GradCache, check_chunkable, check_strategy
 from b3_lightning.model.loss import LossSettings, Rows, Temperature, info_nce, same_key
 from b3_lightning.model.metrics import RetrievalMetrics
@@ -74,6 +75,8 @@ class ContrastiveModule(L.LightningModule):
         optim: optimiser and schedule.
         chunks: embed the batch in chunks and keep no activations (GradCache): any batch size in the memory of a chunk,
             for a second forward pass.
+        teacher_load: how a teacher is loaded; as the student where absent.
+        fuse_teacher: a teacher that takes texts and images, but not both in one item (CLIP), gets the sum of the two.
     """
 
     def __init__(
@@ -84,10 +87,13 @@ class ContrastiveModule(L.LightningModule):
         loss: LossSettings = LossSettings(),  # noqa: B008 - frozen
         optim: OptimSettings = OptimSettings(),
         chunks: ChunkSettings | None = None,
+        teacher_load: LoadSettings | None = None,
+        fuse_teacher: bool = False,
     ) -> None:
         super().__init__()
         self.source, self.load, self.lora = embedder, load, lora
         self.loss, self.optim, self.chunks = loss, optim, chunks
+        self.teacher_load, self.fuse_teacher = teacher_load or load, fuse_teacher
         self.temperature = Temperature(loss)
         self.metrics = RetrievalMetrics()
         self._cache: GradCache | None = None
@@ -116,9 +122,10 @@ class ContrastiveModule(L.LightningModule):
         if n_dims is not None and max(self.loss.matryoshka_dims, default=0) > n_dims:
             raise ValueError(f"model.loss.matryoshka_dims={self.loss.matryoshka_dims}: {name} has {n_dims} dimensions")
 
-    def load_teacher(self, path: str) -> SentenceTransformer:
-        """Load another model the way the student is loaded, without adapter and without checkpointing."""
-        teacher = load_embedder(path, replace(self.load, gradient_checkpointing=False), None)
+    def load_teacher(self, path: str) -> SentenceTransformer | FusedEmbedder:
+        """Load another model, without an adapter to be trained and without checkpointing."""
+        loaded = load_embedder(path, replace(self.teacher_load, gradient_checkpointing=False), None)
+        teacher = FusedEmbedder(loaded) if self.fuse_teacher else loaded
         check_supports(teacher, f"data.teacher={path}", self._modalities())
         return teacher
 

@@ -12,6 +12,9 @@ from collections.abc import Sequence
 VERBS = {
     "glyphs": "write the quickstart's data: pictures of characters and their names",
     "doctor": "what is installed, where mining can run, and a test of it",
+    "prepare": "check a downloaded MMEB, say what is missing and what gets it",
+    "evaluate": "a model on MMEB, caption retrieval or STS, published rows beside it",
+    "mteb": "a text model on BEIR and others, by mteb's runner (extra mteb)",
     "compare": "the metrics of finished runs side by side",
 }
 """Every verb and what it does, in one line of the help."""

@@ -1,0 +1,63 @@
+"""A mixture of tasks: which of them a run takes, where their files lie, how each is mined."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from b3_lightning.data.pairs import PairSource
+from b3_lightning.mining import MiningSettings
+
+Sources = str | PairSource | list[str | PairSource]
+
+
+def place(sources: Sources, root: str, *, prompts: bool) -> list[PairSource]:
+    """Every source with its path under ``root`` and, unless they are wanted, without its prompts.
+
+    Args:
+        root: folder of relative paths; ``.`` leaves paths as they are, and hub names with them.
+    """
+    placed = []
+    for entry in sources if isinstance(sources, list) else [sources]:
+        source = PairSource(entry) if isinstance(entry, str) else entry
+        if root != ".":
+            source = replace(source, task=source.name, path=str((Path(root) / source.path).absolute()))
+        placed.append(source if prompts else replace(source, query_prompt="", target_prompt=""))
+    return placed
+
+
+def choose(sources: Sequence[PairSource], tasks: Sequence[str] | None) -> list[PairSource]:
+    """The sources of these tasks, in the mixture's order; all where None are named.
+
+    Raises:
+        ValueError: where a name is no task of the mixture, or none are named.
+    """
+    if tasks is None:
+        return list(sources)
+    names = list(dict.fromkeys(source.name for source in sources))
+    unknown = sorted(set(tasks) - set(names))
+    if unknown or not tasks:
+        raise ValueError(f"data.tasks={list(tasks)}: name some of the tasks of data.train_pairs; they are {names}")
+    return [source for source in sources if source.name in tasks]
+
+
+def mining_of(mining: MiningSettings, sources: Sequence[PairSource], tasks: Sequence[str] | None) -> MiningSettings:
+    """The settings with those that sources bring for their tasks; ``per_task`` itself goes before them.
+
+    Values of ``per_task`` for tasks of the mixture that are not trained on are left out.
+
+    Raises:
+        ValueError: where two sources of one task differ, or a value cannot be a task's own.
+    """
+    own: dict[str, dict[str, Any]] = {}
+    for source in sources:
+        if own.setdefault(source.name, source.mining) != source.mining:
+            raise ValueError(
+                f"task {source.name!r} is given the mining settings {own[source.name]} and {source.mining}; give it one"
+            )
+    per_task = {task: values | mining.per_task.get(task, {}) for task, values in own.items()}
+    per_task |= {task: values for task, values in mining.per_task.items() if task not in own}
+    left_out = set(own) - set(own if tasks is None else tasks)
+    return replace(mining, per_task={task: own for task, own in per_task.items() if own and task not in left_out})

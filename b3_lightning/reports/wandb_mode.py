@@ -1,0 +1,30 @@
+"""Does W&B send what it is given, or keep it on this machine?"""
+
+from __future__ import annotations
+
+import netrc
+import os
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlparse
+
+WandbMode = Literal["auto", "online", "offline", "disabled"]
+"""``auto`` is online where a key is set and offline elsewhere."""
+
+
+def is_offline(mode: WandbMode) -> bool:
+    """Does W&B stay on this machine?"""
+    if mode != "auto":
+        return mode == "offline"
+    if os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
+        return True
+    return not _has_wandb_key()
+
+
+def _has_wandb_key() -> bool:
+    """Did the user log in, by WANDB_API_KEY or ``wandb login`` (which writes ~/.netrc)?"""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    return path.is_file() and netrc.netrc(path).authenticators(host) is not None
