@@ -12,6 +12,8 @@ from collections.abc import Sequence
 VERBS = {
     "glyphs": "write the quickstart's data: pictures of characters and their names",
     "compare": "the metrics of finished runs side by side",
+    "batches": "write a plan's batches for another trainer: the pairs in batch order, or with a batch column",
+    "audit": "look for wrong negatives, duplicates and useless batches in pairs, triplets or batches",
 }
 """Every verb and what it does, in one line of the help."""
 
