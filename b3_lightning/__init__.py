@@ -15,6 +15,7 @@ _LAZY = {
     "mine": "b3_lightning.mining",
     "ContrastiveModule": "b3_lightning.model",
     "PairsDataModule": "b3_lightning.data",
+    "B3BatchSampler": "b3_lightning.data.trainer_sampler",
 }
 __all__ = ["__version__", *_LAZY]
 

@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with ``mine`` beside fit, validate, test and predict, and verbs without a model."""
+"""The command line: LightningCLI with ``mine`` and ``plan`` beside fit and the others, and verbs without a model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from rich.console import Console
-from rich.table import Table
 
 from b3_lightning.callbacks import EmbeddingWriter, Export, HardnessMonitor, Remine
 from b3_lightning.checkpoints import CheckedCheckpointIO, StepCheckpoint
 from b3_lightning.data import PairsDataModule
 from b3_lightning.mining import MinedPlan
+from b3_lightning.mining.whatif import Questions
 from b3_lightning.model import ContrastiveModule
-from b3_lightning.reports.compare import SHOWN, best_validation, keep_old_metrics
+from b3_lightning.reports.compare import keep_old_metrics
+from b3_lightning.reports.outcome import print_outcome
 from b3_lightning.reports.plan import write_plan_report
 from b3_lightning.reports.wandb_mode import WandbMode, is_offline
+from b3_lightning.reports.whatif import tell_what_if
 from b3_lightning.verbs import VERBS, run_verb
 
 DESCRIPTION = "Train embedding models on batches mined to be hard (B3)."
@@ -82,20 +85,40 @@ class B3Trainer(L.Trainer):
         Args:
             output: the folder to write.
         """
-        launch = self.strategy.launcher
-        if launch is None:
-            return self._mine(model, datamodule, output)
-        mined: MinedPlan | None = launch.launch(self._mine, model, datamodule, output, trainer=self)
+        mined: MinedPlan | None = self._launched(self._mine, model, datamodule, output)
         return mined
 
+    def plan(
+        self,
+        model: ContrastiveModule,
+        datamodule: PairsDataModule,
+        output: str | None = None,
+        questions: Questions = Questions(),  # noqa: B008 - frozen
+    ) -> None:
+        """Say before training what mining will buy, for which batch size, cluster size and window.
+
+        Args:
+            output: folder for what_if.html and what_if.parquet; ``what_if`` in the run's folder where absent.
+            questions: batch sizes, cluster sizes and windows to compare.
+        """
+        folder = Path(output if output is not None else Path(self.default_root_dir) / "what_if")
+        self._launched(self._plan, model, datamodule, folder, questions)
+
+    def _launched(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        launch = self.strategy.launcher
+        return work(*arguments) if launch is None else launch.launch(work, *arguments, trainer=self)
+
+    def _plan(self, model: ContrastiveModule, datamodule: PairsDataModule, folder: Path, questions: Questions) -> None:
+        self._prepare(model, datamodule)
+        processes = datamodule.processes()
+        with processes.failing_together():
+            answers = datamodule.what_if(questions)
+            if answers is not None:
+                tell_what_if(Console(), answers, datamodule.batch_size, folder)
+            processes.barrier()
+
     def _mine(self, model: ContrastiveModule, datamodule: PairsDataModule, output: str) -> MinedPlan | None:
-        datamodule.trainer, self.datamodule = self, datamodule
-        model.trainer = self
-        self.strategy._lightning_module = model
-        self.strategy.setup_environment()
-        if datamodule.teacher == "student":
-            model.configure_model()
-            model.to(self.strategy.root_device)
+        self._prepare(model, datamodule)
         processes = datamodule.processes()
         with processes.failing_together():
             mined = datamodule.mine()
@@ -104,6 +127,15 @@ class B3Trainer(L.Trainer):
                 write_plan_report(mined, datamodule.pairs("train"), Path(output) / "report.md")
             processes.barrier()
         return mined
+
+    def _prepare(self, model: ContrastiveModule, datamodule: PairsDataModule) -> None:
+        datamodule.trainer, self.datamodule = self, datamodule
+        model.trainer = self
+        self.strategy._lightning_module = model
+        self.strategy.setup_environment()
+        if datamodule.teacher == "student":
+            model.configure_model()
+            model.to(self.strategy.root_device)
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -121,7 +153,7 @@ class B3CLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {**LightningCLI.subcommands(), "mine": {"model", "datamodule"}}
+        return {**LightningCLI.subcommands(), "mine": {"model", "datamodule"}, "plan": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(RunSettings, "run")
@@ -163,7 +195,7 @@ class B3CLI(LightningCLI):
         return text
 
     def _loggers(self) -> list[Any]:
-        if self.subcommand in ("mine", "predict"):
+        if self.subcommand in ("mine", "plan", "predict"):
             return []
         run = self.run
         name = "" if self.subcommand == "fit" else str(self.subcommand)
@@ -222,6 +254,9 @@ class B3CLI(LightningCLI):
             raise ValueError(f"output={output} holds another plan; name a new folder")
         self.datamodule.load("train")
 
+    def before_plan(self) -> None:
+        self.datamodule.load("train")
+
     def _refuse_other_run(self) -> None:
         folder = Path(self.run.dir)
         resumed = self._get(self.config, "ckpt_path")
@@ -233,7 +268,7 @@ class B3CLI(LightningCLI):
 
     def after_fit(self) -> None:
         if self.trainer.is_global_zero:
-            _print_outcome(self.trainer, self.run)
+            print_outcome(self.trainer, Path(self.run.dir), offline=self.run.is_offline())
 
     def after_mine(self) -> None:
         if self.trainer.is_global_zero:
@@ -245,24 +280,6 @@ def _listed(given: Any) -> list[Any]:
     if given is None:
         return []
     return list(given) if isinstance(given, list | tuple) else [given]
-
-
-def _print_outcome(trainer: L.Trainer, run: RunSettings) -> None:
-    console = Console()
-    folder = Path(run.dir)
-    console.print(f"\n{trainer.global_step} steps, {trainer.current_epoch} epochs", highlight=False)
-    if "val/mrr" in trainer.callback_metrics and (folder / "metrics.csv").is_file():
-        best = best_validation(folder)
-        table = Table("metric", "best", "last", title="all unique validation targets")
-        for name in SHOWN:
-            table.add_row(name, f"{best[name]:.4f}", f"{float(trainer.callback_metrics[name]):.4f}")
-        console.print(table)
-    console.print(f"run      {folder}  (config.yaml, metrics.csv, checkpoints)", highlight=False)
-    console.print(f"export   {folder / 'export'}  (the best weights; SentenceTransformer loads it)", highlight=False)
-    if any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
-        note = f"offline; upload with: wandb sync {folder}/wandb/offline-run-*" if run.is_offline() else "online"
-        console.print(f"W&B      {folder / 'wandb'}  ({note})", highlight=False)
-    console.print("next     python -m b3_lightning compare RUN RUN ...  |  --data.batches=random for the baseline arm")
 
 
 class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):

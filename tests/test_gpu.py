@@ -109,9 +109,9 @@ def test_a_whole_plan_by_the_gpu_backend_holds_what_the_cpu_s_holds(
 
 def _task(planted: Planted, backend: Backend, settings: MiningSettings) -> tuple[Any, Any]:
     with torch.device("cpu"):
-        rows = pipeline._Rows.check(planted.embeddings.query_ND, planted.embeddings.target_ND, settings)
+        rows = pipeline.Rows.check(planted.embeddings.query_ND, planted.embeddings.target_ND, settings)
         task = next(rows.by_task())
-    return task, pipeline._Search(settings, backend, Stages(), None)
+    return task, pipeline.Search(settings, backend, Stages(), None)
 
 
 def test_auto_says_why_and_gpu_names_the_remedy(

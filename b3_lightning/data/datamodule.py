@@ -22,6 +22,7 @@ from b3_lightning.data.teacher import VECTOR_SUFFIXES, check_vectors
 from b3_lightning.mining import BatchPlan, MinedPlan, MiningSettings, Processes, random_clusters
 from b3_lightning.mining.batches import check_batch_size
 from b3_lightning.mining.store import sha256
+from b3_lightning.mining.whatif import Questions, TaskAnswer
 
 log = logging.getLogger(__name__)
 
@@ -296,6 +297,10 @@ class PairsDataModule(L.LightningDataModule):
     def mine(self) -> MinedPlan | None:
         """Mine the training pairs with the teacher; all processes share the work, the first returns the plan."""
         return self._miner().mine(MiningRequest("teacher"))
+
+    def what_if(self, questions: Questions) -> list[TaskAnswer] | None:
+        """Simulate batches of the training pairs from the teacher's vectors; the first process has the answer."""
+        return self._miner().what_if(questions)
 
     def processes(self) -> Processes:
         """Those that share the mining."""

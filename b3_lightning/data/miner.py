@@ -24,6 +24,7 @@ from b3_lightning.data.teacher import (
 )
 from b3_lightning.mining import MinedPlan, MiningSettings, Processes, Stages, fingerprint, help_mine, mine
 from b3_lightning.mining.store import sha256
+from b3_lightning.mining.whatif import Questions, TaskAnswer, what_if
 from b3_lightning.progress import StageProgress
 from b3_lightning.types import Embeddings
 
@@ -121,6 +122,28 @@ class PairMiner:
             mined = mine(*vector_pair, **about, batch_size=self.batch_size, progress=progress)
         log.info("mined in %.1f s: %s", sum(mined.seconds.values()), _in_words(mined.summary()))
         return mined
+
+    def what_if(self, questions: Questions) -> list[TaskAnswer] | None:
+        """Embed the pairs and simulate batches; all processes share the embedding, the first has the answer."""
+        trainer = self.trainer
+        stages = Stages(self.cache, self.processes)
+        enabled = trainer.progress_bar_callback is not None and trainer.is_global_zero
+        with stages.locked(), StageProgress(enabled=enabled) as progress:
+            embeddings = self._vectors(MiningRequest("teacher"), stages, progress)
+            if not trainer.is_global_zero:
+                return None
+            return what_if(
+                embeddings.query_ND,
+                embeddings.target_ND,
+                settings=self.mining,
+                questions=questions,
+                stages=Stages(self.cache),
+                progress=progress,
+                target_keys=self.train.keys["target"],
+                query_keys=self.train.keys["query"],
+                groups=self.train.pairs.groups,
+                tasks=self.train.pairs.tasks,
+            )
 
     def key(self, request: MiningRequest) -> str:
         """Of all that a plan depends on: equal keys, equal plans."""

@@ -148,9 +148,9 @@ def load_pairs(sources: str | PairSource | Sequence[str | PairSource]) -> PairTa
         task = source.name
         if weights.setdefault(task, source.weight) != source.weight:
             raise ValueError(f"task {task!r} is given the weights {weights[task]} and {source.weight}; give it one")
-        table = _without_image_tokens(_read_table(source), source)
+        table = _without_image_tokens(read_table(source), source)
         read = _read_columns(table, source)
-        negatives += _read_negatives(table, source)
+        negatives += read_negatives(table, source)
         for name in COLUMNS:
             columns[name] += read[name]
         tasks += [task] * len(read["qry"])
@@ -190,7 +190,7 @@ def _read_columns(table: pa.Table, source: PairSource) -> dict[str, list[str]]:
         theirs = source.columns.get(name, name)
         present = theirs in table.column_names
         numbers = name == "group"
-        read[name] = _strings(table, theirs, source.path, numbers) if present else [""] * table.num_rows
+        read[name] = read_strings(table, theirs, source.path, numbers) if present else [""] * table.num_rows
     for side, pair in TEXT_AND_IMAGE.items():
         _check_side(side, pair, read, table.column_names, source)
     for column, prompt in (("qry", source.query_prompt), ("pos_text", source.target_prompt)):
@@ -199,7 +199,7 @@ def _read_columns(table: pa.Table, source: PairSource) -> dict[str, list[str]]:
     return read
 
 
-def _read_negatives(table: pa.Table, source: PairSource) -> list[list[Item]]:
+def read_negatives(table: pa.Table, source: PairSource) -> list[list[Item]]:
     """Every row's hard negatives; the target's prompt goes before their texts too."""
     found = {}
     for name in NEGATIVE_COLUMNS:
@@ -227,7 +227,7 @@ def _read_negatives(table: pa.Table, source: PairSource) -> list[list[Item]]:
     return rows
 
 
-def _strings(table: pa.Table, column: str, path: str, numbers: bool) -> list[str]:
+def read_strings(table: pa.Table, column: str, path: str, numbers: bool) -> list[str]:
     """The column's texts, null as the empty one; whole numbers as texts where ``numbers`` may stand too."""
     values = table[column]
     if numbers and pa.types.is_integer(values.type):
@@ -253,7 +253,8 @@ def _check_side(
         raise ValueError(f"{source.path}: the {side} is null or empty in {name_rows(empty)}; mend or remove them")
 
 
-def _read_table(source: PairSource) -> pa.Table:
+def read_table(source: PairSource) -> pa.Table:
+    """All columns of a file, dataset folder or hub name, as they stand there."""
     path = Path(source.path)
     if path.is_file():
         readers: dict[str, Any] = {

@@ -73,9 +73,9 @@ def mine(
         ValueError: on vectors that are not finite and non-zero, on disagreeing lengths, on fewer rows than
             ``cluster_size`` or than the rank window needs, on approximate neighbours below ``min_recall``.
     """
-    rows = _Rows.check(query_ND, target_ND, settings, target_keys, query_keys, groups, tasks)
+    rows = Rows.check(query_ND, target_ND, settings, target_keys, query_keys, groups, tasks)
     backend = choose_backend(settings)
-    search = _Search(replace(settings, backend=backend.name), backend, stages or Stages(), progress)
+    search = Search(replace(settings, backend=backend.name), backend, stages or Stages(), progress)
     parts = [(task.ids, _mine_task(task, search)) for task in rows.by_task()]
     mined = join_tasks(parts, rows.task_N, rows.task_names, search.settings)
     if batch_size is None:
@@ -92,14 +92,14 @@ def help_mine(
     **values: Values,
 ) -> None:
     """Do this process's share of what another one mines; arguments (``values``: keys, groups, tasks) as of ``mine``."""
-    rows = _Rows.check(query_ND, target_ND, settings, **values)
-    search = _Search(settings, choose_backend(settings), stages, None)
+    rows = Rows.check(query_ND, target_ND, settings, **values)
+    search = Search(settings, choose_backend(settings), stages, None)
     for task in rows.by_task():
         search.rank(task, choose_ranks(task.embeddings, task.keys[0], settings.of_task(task.name)))
 
 
 @dataclass(frozen=True)
-class _Task:
+class Task:
     """The rows ``ids`` of one task, numbered from 0; ``keys``: of targets, then what else makes two rows alike."""
 
     name: str
@@ -109,7 +109,7 @@ class _Task:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """All rows, checked."""
 
     embeddings: Embeddings
@@ -127,7 +127,7 @@ class _Rows:
         query_keys: Values = None,
         groups: Values = None,
         tasks: Values = None,
-    ) -> _Rows:
+    ) -> Rows:
         embeddings = Embeddings.from_arrays(query_ND, target_ND)
         n_rows = len(embeddings)
         settings.check_fits(n_rows)
@@ -140,14 +140,14 @@ class _Rows:
         settings.check_tasks(task_names)
         return cls(embeddings, keys, task_N, task_names)
 
-    def by_task(self) -> Iterator[_Task]:
+    def by_task(self) -> Iterator[Task]:
         for task, name in enumerate(self.task_names):
             ids = (self.task_N == task).nonzero().flatten()
-            yield _Task(name, ids, self.embeddings.take(ids), [key_N[ids] for key_N in self.keys])
+            yield Task(name, ids, self.embeddings.take(ids), [key_N[ids] for key_N in self.keys])
 
 
 @dataclass(frozen=True)
-class _Search:
+class Search:
     """How neighbours are ranked and where finished tiles are kept."""
 
     settings: MiningSettings
@@ -155,7 +155,7 @@ class _Search:
     stages: Stages
     progress: Progress | None
 
-    def rank(self, task: _Task, choice: RankChoice) -> Neighbors:
+    def rank(self, task: Task, choice: RankChoice) -> Neighbors:
         settings, embeddings = self.settings, task.embeddings
         search: dict[str, Any] = {
             "device": self.backend.device,
@@ -185,7 +185,7 @@ class _Search:
             ids_NW, scores_NW = found.ids_NW, found.scores_NW
         return Neighbors(ids_NW, scores_NW, positive_scores(query_ND, target_ND))
 
-    def _stage(self, task: _Task, choice: RankChoice) -> Stage:
+    def _stage(self, task: Task, choice: RankChoice) -> Stage:
         if self.stages.folder is None:
             return self.stages.stage("neighbours", "")
         content = fingerprint(
@@ -198,7 +198,7 @@ class _Search:
         return self.stages.stage("neighbours", content)
 
 
-def _mine_task(task: _Task, search: _Search) -> MinedPlan:
+def _mine_task(task: Task, search: Search) -> MinedPlan:
     """The stages on one task, rows numbered from 0."""
     settings, backend = search.settings.of_task(task.name), search.backend
     embeddings, n_rows = task.embeddings, len(task.embeddings)
@@ -249,7 +249,7 @@ def _log_choice(task: str, n_rows: int, choice: RankChoice) -> None:
         log.warning("task %r has %d rows, none beyond rank %d: no edges", task, n_rows, choice.first_rank)
 
 
-def _hardness(mined: MinedPlan, rows: _Rows, batch_size: int) -> dict[str, float]:
+def _hardness(mined: MinedPlan, rows: Rows, batch_size: int) -> dict[str, float]:
     """The same number of batches of the first epoch, mined and random, and the bound."""
     seed = mined.settings.seed
     hardness_of = partial(mean_hardness, rows.embeddings, rows.keys[0])

@@ -89,12 +89,17 @@ def _evidence(embeddings: Embeddings, target_key_N: Tensor, n_ranks: int, seed: 
     )
     evidence_SW = torch.zeros_like(ids_SW, dtype=torch.bool)
     for vector_ND in (query_ND, target_ND):
-        typical = 1 - (vector_ND[sample] * vector_ND[other]).sum(dim=1).median()
+        nearly_identical = near_distance(vector_ND, sample, other)
         pairs = zip(ids_SW.clamp(min=0), sample, strict=True)
         near_SW = torch.stack([vector_ND[ids_W] @ vector_ND[row] for ids_W, row in pairs])
-        evidence_SW |= 1 - near_SW < _NEARLY_IDENTICAL * typical
+        evidence_SW |= 1 - near_SW < nearly_identical
     beaten_SW = score_SW > positive_scores(query_ND[sample], target_ND[sample])[:, None]
     reliable = bool(beaten_SW[:, 0].double().mean() < 0.5)
     if reliable:
         evidence_SW |= beaten_SW
     return evidence_SW & (ids_SW != PADDING), reliable
+
+
+def near_distance(vector_ND: Tensor, sample: Tensor, other: Tensor) -> Tensor:
+    """Rows nearer than this (1 - cosine) are nearly identical; measured on these pairs of random rows."""
+    return _NEARLY_IDENTICAL * (1 - (vector_ND[sample] * vector_ND[other]).sum(dim=1).median())

@@ -16,6 +16,8 @@ VERBS = {
     "evaluate": "a model on MMEB, caption retrieval or STS, published rows beside it",
     "mteb": "a text model on BEIR and others, by mteb's runner (extra mteb)",
     "compare": "the metrics of finished runs side by side",
+    "batches": "write a plan's batches for another trainer: the pairs in batch order, or with a batch column",
+    "audit": "look for wrong negatives, duplicates and useless batches in pairs, triplets or batches",
 }
 """Every verb and what it does, in one line of the help."""
 

@@ -1,0 +1,216 @@
+"""What is wrong with somebody's pairs, triplets or batches: a list of findings, each with its row.
+
+Texts are compared as they are (``exact``) and with case, spaces and Unicode form evened out (``normalised``).
+
+Shapes: B = rows of a batch, D = dimensions.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from b3_lightning.data.foreign import ForeignPairs, normal
+from b3_lightning.data.pairs import Item
+from b3_lightning.types import Embeddings
+
+MEANING = {
+    "empty_side": "query or target is empty",
+    "negative_is_own_positive": "a negative of the row is its own positive",
+    "negative_is_positive_of_query": "a negative of the row is the positive of another row with the same query",
+    "negative_is_query": "a negative of the row is its query",
+    "repeated_negative": "the row has the same negative twice",
+    "query_is_target": "query and target are the same",
+    "duplicate_pair": "query and target of an earlier row, again",
+    "conflicting_key": "rows with this key hold another query or target",
+    "shared_target": "other queries have this target too: they are each other's wrong negatives where they meet",
+    "several_targets": "the query has other targets in other rows: wrong negatives where they meet",
+    "same_pair_in_batch": "the batch holds the same query and target twice",
+    "same_target_in_batch": "another query of the batch has this target, so it counts as its negative",
+    "same_query_in_batch": "the batch holds another target of this query, which counts as a negative",
+    "same_group_in_batch": "the batch holds another row of this group, whose target counts as a negative",
+    "one_label_batch": "all targets of the batch are the same: no negative is right",
+    "uneven_batch": "the batch has another number of rows than most",
+    "suspected_false_negative": "a negative scores above the row's own positive",
+    "filler": "no negative in the batch is harder than a random batch's hardest (of random rows, half are)",
+}
+WORTH_A_LOOK = {
+    "query_is_target", "repeated_negative", "shared_target", "several_targets", "duplicate_pair", "uneven_batch",
+    "suspected_false_negative", "filler",
+}  # fmt: skip
+"""Findings that may be as they should; all others are wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A row and what is wrong with it; ``other`` is a row that it meets, the first of ``n_others``."""
+
+    name: str
+    row: int
+    exact: bool = True
+    batch: object = None
+    other: int | None = None
+    n_others: int = 0
+    text: str = ""
+
+    @property
+    def wrong(self) -> bool:
+        return self.name not in WORTH_A_LOOK
+
+
+def audit(pairs: ForeignPairs) -> list[Finding]:
+    """All findings that need no vectors."""
+    found = [Finding("empty_side", row) for row in pairs.empty]
+    found += _rows(pairs)
+    found += _negatives(pairs)
+    found += _conflicts(pairs)
+    for batch, rows in pairs.batches.items():
+        found += _in_batch(pairs, batch, rows)
+    return found
+
+
+def uneven(pairs: ForeignPairs) -> list[Finding]:
+    """Batches of another size than most."""
+    sizes = Counter(len(rows) for rows in pairs.batches.values())
+    usual = max(sizes, key=lambda size: (sizes[size], size), default=0)
+    others = {batch: rows for batch, rows in pairs.batches.items() if len(rows) != usual}
+    return [Finding("uneven_batch", rows[0], batch=batch, n_others=len(rows) - 1) for batch, rows in others.items()]
+
+
+def _rows(pairs: ForeignPairs) -> Iterator[Finding]:
+    first: dict[tuple[Item, Item], int] = {}
+    queries_of, targets_of = _Others(pairs.target, pairs.query), _Others(pairs.query, pairs.target)
+    for row, (query, target) in enumerate(zip(pairs.query, pairs.target, strict=True)):
+        if normal(query) == normal(target):
+            yield Finding("query_is_target", row, exact=query == target)
+        earlier = first.setdefault((normal(query), normal(target)), row)
+        if earlier != row:
+            exact = (query, target) == (pairs.query[earlier], pairs.target[earlier])
+            yield Finding("duplicate_pair", row, exact=exact, other=earlier, n_others=1)
+        yield from queries_of.of(row, "shared_target")
+        yield from targets_of.of(row, "several_targets")
+
+
+class _Others:
+    """Rows with the same ``key`` item and another ``value``, in all rows or in some."""
+
+    def __init__(self, key: Sequence[Item], value: Sequence[Item], rows: Sequence[int] | None = None) -> None:
+        self._key, self._value = key, value
+        self._rows: dict[Item, dict[Item, int]] = {}
+        for row in range(len(key)) if rows is None else rows:
+            self._rows.setdefault(normal(key[row]), {}).setdefault(normal(value[row]), row)
+
+    def of(self, row: int, name: str, batch: object = None) -> Iterator[Finding]:
+        others = self._rows[normal(self._key[row])]
+        own = normal(self._value[row])
+        if len(others) > 1:
+            other = next(there for value, there in others.items() if value != own)
+            yield Finding(name, row, self._key[row] == self._key[other], batch, other, len(others) - 1)
+
+
+def _negatives(pairs: ForeignPairs) -> Iterator[Finding]:
+    positives: dict[Item, dict[Item, int]] = {}
+    for row, (query, target) in enumerate(zip(pairs.query, pairs.target, strict=True)):
+        positives.setdefault(normal(query), {}).setdefault(normal(target), row)
+    for row, items in enumerate(pairs.negatives):
+        query, target = pairs.query[row], pairs.target[row]
+        seen: set[Item] = set()
+        for item in items:
+            key = normal(item)
+            right = positives[normal(query)].get(key)
+            if key == normal(target):
+                yield Finding("negative_is_own_positive", row, item == target, text=item.text)
+            elif right is not None:
+                exact = item == pairs.target[right]
+                yield Finding("negative_is_positive_of_query", row, exact, other=right, n_others=1, text=item.text)
+            elif key == normal(query):
+                yield Finding("negative_is_query", row, item == query, text=item.text)
+            if key in seen:
+                yield Finding("repeated_negative", row, text=item.text)
+            seen.add(key)
+
+
+def _conflicts(pairs: ForeignPairs) -> Iterator[Finding]:
+    first: dict[str, int] = {}
+    for row, key in enumerate(pairs.key):
+        if key:
+            other = first.setdefault(key, row)
+            if any(normal(side[row]) != normal(side[other]) for side in (pairs.query, pairs.target)):
+                yield Finding("conflicting_key", row, other=other, n_others=1, text=key)
+
+
+def _in_batch(pairs: ForeignPairs, batch: object, rows: Sequence[int]) -> Iterator[Finding]:
+    if len({normal(pairs.target[row]) for row in rows}) < 2:
+        yield Finding("one_label_batch", rows[0], batch=batch, n_others=len(rows) - 1)
+    queries_of = _Others(pairs.target, pairs.query, rows)
+    targets_of = _Others(pairs.query, pairs.target, rows)
+    first: dict[tuple[Item, Item], int] = {}
+    groups: dict[str, list[int]] = {}
+    for row in rows:
+        other = first.setdefault((normal(pairs.query[row]), normal(pairs.target[row])), row)
+        if other != row:
+            exact = (pairs.query[row], pairs.target[row]) == (pairs.query[other], pairs.target[other])
+            yield Finding("same_pair_in_batch", row, exact, batch, other, 1)
+        yield from queries_of.of(row, "same_target_in_batch", batch)
+        yield from targets_of.of(row, "same_query_in_batch", batch)
+        if pairs.group[row]:
+            groups.setdefault(pairs.group[row], []).append(row)
+    for group, members in groups.items():
+        for place, row in enumerate(members if len(members) > 1 else []):
+            other = members[0] if place else members[1]
+            yield Finding("same_group_in_batch", row, True, batch, other, len(members) - 1, group)
+
+
+def suspect(pairs: ForeignPairs, vectors: Embeddings, *, margin: float, fillers: bool) -> tuple[list[Finding], int]:
+    """What a teacher's vectors add: suspected false negatives and fillers; and how many negatives had no vector.
+
+    Args:
+        margin: a negative is suspected above the positive's cosine plus this.
+        fillers: look for them too; only where the batches are the file's own.
+
+    A row's own negatives have vectors where their text is the target of some row.
+    """
+    row_of: dict[Item, int] = {}
+    for row, target in enumerate(pairs.target):
+        row_of.setdefault(normal(target), row)
+    positive_N = (vectors.query_ND * vectors.target_ND).sum(dim=1)
+    found, n_unknown = [], 0
+    for row, items in enumerate(pairs.negatives):
+        keys = {normal(item): item for item in items}
+        known = [row_of[key] for key in keys if key in row_of and key != normal(pairs.target[row])]
+        n_unknown += sum(key not in row_of for key in keys)
+        score = vectors.target_ND[known] @ vectors.query_ND[row]
+        found += _worst(row, known, score - positive_N[row] - margin)
+    query_N, target_N = _codes(pairs.query), _codes(pairs.target)
+    generator = torch.Generator().manual_seed(0)
+    for batch, rows in pairs.batches.items():
+        ids_B = torch.tensor(rows)
+        score_BB = vectors.query_ND[ids_B] @ vectors.target_ND[ids_B].T
+        same_BB = (target_N[ids_B][:, None] == target_N[ids_B]) | (query_N[ids_B][:, None] == query_N[ids_B])
+        over_BB = (score_BB - positive_N[ids_B][:, None] - margin).masked_fill(same_BB, -torch.inf)
+        for place in (over_BB > 0).any(dim=1).nonzero().flatten().tolist():
+            found += _worst(rows[place], rows, over_BB[place], batch)
+        if fillers and len(rows) > 1:
+            other_B = torch.randint(len(pairs), (len(rows) - 1,), generator=generator)
+            chance_B = (vectors.query_ND[ids_B] @ vectors.target_ND[other_B].T).amax(dim=1)
+            easy_B = score_BB.masked_fill(same_BB, -torch.inf).amax(dim=1) <= chance_B
+            found += [Finding("filler", rows[place], batch=batch) for place in easy_B.nonzero().flatten().tolist()]
+    return found, n_unknown
+
+
+def _worst(row: int, others: Sequence[int], over: Tensor, batch: object = None) -> list[Finding]:
+    n_over = int((over > 0).sum())
+    if not n_over:
+        return []
+    worst = int(over.argmax())
+    text = f"{float(over[worst]):.3f} above"
+    return [Finding("suspected_false_negative", row, True, batch, others[worst], n_over, text)]
+
+
+def _codes(items: Sequence[Item]) -> Tensor:
+    codes: dict[Item, int] = {}
+    return torch.tensor([codes.setdefault(normal(item), len(codes)) for item in items])

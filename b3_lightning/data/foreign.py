@@ -1,0 +1,147 @@
+"""Somebody else's pairs, triplets or batches, read as they are: what an audit should find is not refused here."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from b3_lightning.data.pairs import TEXT_AND_IMAGE, Item, PairSource, read_negatives, read_strings, read_table
+from b3_lightning.types import name_rows
+
+ALIASES = {
+    "qry": ("qry", "anchor", "query", "question", "sentence1"),
+    "pos_text": ("pos_text", "positive", "pos", "answer", "document", "sentence2"),
+    "neg_text": ("neg_text", "negative", "neg", "negatives", "hard_negative", "hard_negatives"),
+    "qry_image_path": ("qry_image_path",),
+    "pos_image_path": ("pos_image_path",),
+    "neg_image_path": ("neg_image_path",),
+    "batch": ("batch",),
+    "group": ("group",),
+    "key": ("key",),
+}
+"""What each column may be called where it is not said; the first that is there counts."""
+_NUMBERED = re.compile(r"negative_\d+")
+
+
+@dataclass(frozen=True)
+class ForeignPairs:
+    """The rows of a file. ``batches``: the rows of each; ``group``, ``key``: a text a row, empty for none."""
+
+    query: list[Item]
+    target: list[Item]
+    negatives: list[list[Item]]
+    batches: dict[Any, list[int]]
+    group: list[str]
+    key: list[str]
+    columns: dict[str, str]
+    empty: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.query)
+
+    @property
+    def n_negatives(self) -> int:
+        return sum(len(items) for items in self.negatives)
+
+
+def normal(item: Item) -> Item:
+    """Equal for texts that differ in case, spaces or Unicode form only."""
+    return Item(" ".join(unicodedata.normalize("NFKC", item.text).casefold().split()), item.image)
+
+
+def read_foreign(path: str, columns: Mapping[str, str]) -> ForeignPairs:
+    """Read a file whose columns have ours or common names.
+
+    Args:
+        columns: ours -> the file's, for other names.
+
+    Raises:
+        FileNotFoundError, ValueError: where the file or a column is missing, or holds what is no text.
+    """
+    table = read_table(PairSource(path))
+    if table.num_rows == 0:
+        raise ValueError(f"{path} holds no rows")
+    names = _names(path, table.column_names, columns)
+    text = {ours: read_strings(table, names[ours], path, False) if ours in names else [""] * table.num_rows
+            for ours in (*TEXT_AND_IMAGE["query"], *TEXT_AND_IMAGE["target"])}  # fmt: skip
+    sides = {
+        side: [Item(*both) for both in zip(text[a], text[b], strict=True)] for side, (a, b) in TEXT_AND_IMAGE.items()
+    }
+    empty = [
+        row for row in range(table.num_rows) if any(not (s[row].text.strip() or s[row].image) for s in sides.values())
+    ]
+    return ForeignPairs(
+        sides["query"],
+        sides["target"],
+        _negatives(table, names, path),
+        _batches(table, names.get("batch"), path),
+        _labels(table, names.get("group")),
+        _labels(table, names.get("key")),
+        columns=names,
+        empty=empty,
+    )
+
+
+def deal_batches(n_rows: int, batch_size: int, *, in_order: bool, seed: int = 0) -> dict[Any, list[int]]:
+    """Batches such as a trainer makes of plain pairs: shuffled, or in the file's order; the last may be shorter."""
+    if not 2 <= batch_size <= n_rows:
+        raise ValueError(f"batch_size={batch_size} must lie between 2 and the {n_rows} rows")
+    rows = torch.arange(n_rows) if in_order else torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed))
+    return {batch: part.tolist() for batch, part in enumerate(rows.split(batch_size))}
+
+
+def _names(path: str, found: list[str], columns: Mapping[str, str]) -> dict[str, str]:
+    unknown = sorted(set(columns) - set(ALIASES))
+    if unknown:
+        raise ValueError(f"--columns names {unknown}; what can be mapped is {list(ALIASES)}")
+    absent = sorted(set(columns.values()) - set(found))
+    if absent:
+        raise ValueError(f"{path} has no column {absent}; it has {found}")
+    known = {ours: next((name for name in names if name in found), None) for ours, names in ALIASES.items()}
+    names = {ours: name for ours, name in {**known, **columns}.items() if name is not None}
+    for side, pair in TEXT_AND_IMAGE.items():
+        if not set(pair) & set(names):
+            raise ValueError(
+                f"{path} has no column for the {side}; it has {found}. Say --columns {pair[0]}=YOUR_COLUMN"
+            )
+    return names
+
+
+def _negatives(table: pa.Table, names: Mapping[str, str], path: str) -> list[list[Item]]:
+    """Those of the one column, or of ``negative_1``, ``negative_2``, ...: sentence-transformers' names."""
+    numbered = [name for name in table.column_names if _NUMBERED.fullmatch(name)]
+    if "neg_text" not in names and "neg_image_path" not in names and numbered:
+        texts = [read_strings(table, name, path, False) for name in numbered]
+        return [[Item(text, "") for text in row if text] for row in zip(*texts, strict=True)]
+    absent = {"neg_text": "", "neg_image_path": ""}  # a name that no column has
+    own = {ours: names[ours] for ours in absent if ours in names}
+    return read_negatives(table, PairSource(path, columns={**absent, **own}))
+
+
+def _batches(table: pa.Table, column: str | None, path: str) -> dict[Any, list[int]]:
+    """Rows by batch; -1 and null stand for none."""
+    if column is None:
+        return {}
+    values = table[column].to_pylist()
+    wrong = [row for row, value in enumerate(values) if not isinstance(value, int | str | None)]
+    if wrong:
+        raise ValueError(
+            f"{path}: the batch column {column!r} must hold numbers or texts; not so in {name_rows(wrong)}"
+        )
+    batches: dict[Any, list[int]] = {}
+    for row, value in enumerate(values):
+        if value is not None and value != -1:
+            batches.setdefault(value, []).append(row)
+    return batches
+
+
+def _labels(table: pa.Table, column: str | None) -> list[str]:
+    if column is None:
+        return [""] * table.num_rows
+    return ["" if value is None else str(value) for value in table[column].to_pylist()]

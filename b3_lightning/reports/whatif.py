@@ -1,0 +1,202 @@
+"""The answers of ``plan`` in plain words and tables on the terminal, a page with pictures, and Parquet."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from b3_lightning.mining.store import write_atomic, write_text
+from b3_lightning.mining.whatif import Figure, TaskAnswer
+
+MOST_SUSPECTED = 0.3
+"""A setting is not advised where more of the rows have a suspected false negative in their batch."""
+_GOALS = (256, 1024, 4096)
+_ASSUMED = (
+    "Assumed: the teacher's similarities stand for the student's; hardness is the teacher's InfoNCE loss at "
+    "temperature 0.05, without the negatives that are suspected to be right (nearly identical to the row's own, or, "
+    "where the teacher is good enough, above its positive). Equally hard batches need not train equally well: mined "
+    "ones show the same few rows to each other, so very uniform or noisy sets gain less. Compare with "
+    "--data.batches=random before a long run."
+)
+_HEAD = (
+    "batches",
+    "window",
+    "K",
+    "|B|",
+    "hardness",
+    "without suspects",
+    "rows with suspects",
+    "edges kept",
+    "as random",
+)
+
+
+def tell_what_if(console: Console, answers: Sequence[TaskAnswer], batch_size: int, folder: Path) -> None:
+    """Print the advice for every task and write what_if.html and what_if.parquet."""
+    for answer in answers:
+        console.print(f"\n[bold]task {answer.name}[/]: {_rows(answer)}", highlight=False)
+        console.print(_table(answer, batch_size))
+        for line in advice(answer, batch_size):
+            console.print(f"- {line}", highlight=False, markup=False)
+    console.print(f"\n{_ASSUMED}", style="dim", highlight=False)
+    write_text(folder / "what_if.html", _page(answers, batch_size))
+    write_atomic(folder / "what_if.parquet", lambda path: pq.write_table(_figures(answers), path))
+    console.print(f"picture and all figures: {folder / 'what_if.html'}", highlight=False)
+
+
+def advice(answer: TaskAnswer, batch_size: int) -> list[str]:
+    """What the figures say about mining at this batch size, and about other batch sizes, a sentence each."""
+    best = answer.best(batch_size, MOST_SUSPECTED)
+    if best is None:
+        return [
+            f"no cluster size asked about divides |B| = {batch_size}, or the task has fewer rows: nothing to advise"
+        ]
+    lines = [
+        f"mined batches of {batch_size} are as hard as random ones of about {round(best.as_random):,}"
+        f"{' (all rows)' if best.as_random >= answer.n_sampled else ''}, with {_setting(answer, best)}"
+    ]
+    if best.suspected > MOST_SUSPECTED:
+        lines.append(
+            f"careful: {best.suspected:.0%} of the rows have a suspected false negative in their batch, and no "
+            f"setting has fewer than {MOST_SUSPECTED:.0%}: begin windows later, or filter by score "
+            "(data.mining.max_relative_score)"
+        )
+    else:
+        lines.append(f"{best.suspected:.1%} of the rows then have a suspected false negative in their batch")
+    lines += [line for goal in _GOALS if (line := _size_for(answer, best, goal))]
+    if best.as_random < 1.5 * batch_size:
+        lines.append("mining buys little here: the clusters are hardly harder than chance")
+    if answer.suspicious and answer.auto_first_rank > best.first_rank:
+        lines.append(
+            f"first_rank: auto would begin at {answer.auto_first_rank}, where fewer than 1 in 100 targets are likely "
+            f"right; at rank 0 {answer.suspicious[0]:.0%} are"
+        )
+    return lines
+
+
+def _setting(answer: TaskAnswer, figure: Figure) -> str:
+    if answer.labels:
+        return f"cluster_size {figure.cluster_size}; few targets serve many rows, so labels are ranked"
+    sampled = ""
+    if answer.sampled_frac < 1:
+        first, n = (round(value / answer.sampled_frac) for value in (figure.first_rank, figure.n_ranks))
+        sampled = f" of the sample, which is about first_rank {first} and n_ranks {n} of all rows"
+    return f"cluster_size {figure.cluster_size}, first_rank {figure.first_rank} and n_ranks {figure.n_ranks}{sampled}"
+
+
+def _size_for(answer: TaskAnswer, best: Figure, goal: int) -> str:
+    """The smallest mined batch, with the same setting, that is as hard as a random one of ``goal`` rows."""
+    own = [figure for figure in answer.mined if figure.setting == best.setting]
+    enough = [figure.batch_size for figure in own if figure.as_random >= goal]
+    if not enough or goal > answer.n_sampled:
+        return ""
+    return f"instead of random batches of {goal:,}: mined batches of {min(enough):,}"
+
+
+def _rows(answer: TaskAnswer) -> str:
+    if answer.sampled_frac == 1:
+        return f"{answer.n_rows:,} rows"
+    return (
+        f"{answer.n_sampled:,} of {answer.n_rows:,} rows, drawn at random; a sample is sparser, so mined batches of "
+        "all rows are harder than these"
+    )
+
+
+def _table(answer: TaskAnswer, batch_size: int) -> Table:
+    table = Table("setting", "hardness", "as random |B|", "rows with suspects", title=f"|B| = {batch_size}")
+    for figure in (figure for figure in answer.random if figure.batch_size == batch_size):
+        table.add_row("random", f"{figure.clean:.2f}", f"{batch_size}", f"{figure.suspected:.1%}")
+    best = answer.best(batch_size, MOST_SUSPECTED)
+    for figure in (figure for figure in answer.mined if figure.batch_size == batch_size):
+        name = f"K {figure.cluster_size}, ranks {figure.first_rank} to {figure.first_rank + figure.n_ranks - 1}"
+        style = "bold green" if figure is best else None
+        cells = (f"{figure.clean:.2f}", f"{round(figure.as_random):,}", f"{figure.suspected:.1%}")
+        table.add_row(name, *cells, style=style)
+    return table
+
+
+def _figures(answers: Sequence[TaskAnswer]) -> pa.Table:
+    rows = [
+        {"task": answer.name, "batches": kind, "sampled_frac": answer.sampled_frac, **dataclasses.asdict(figure)}
+        for answer in answers
+        for kind, figures in (("random", answer.random), ("mined", answer.mined))
+        for figure in figures
+    ]
+    return pa.Table.from_pylist(rows)
+
+
+def _page(answers: Sequence[TaskAnswer], batch_size: int) -> str:
+    parts = [
+        "<!doctype html><meta charset=utf-8><title>What mining will buy</title><style>"
+        "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}svg{max-width:100%;"
+        "height:auto}table{border-collapse:collapse}td,th{padding:.15rem .7rem;text-align:right;"
+        "border-bottom:1px solid #ddd}</style><h1>What mining will buy</h1>"
+    ]
+    for answer in answers:
+        said = "".join(f"<li>{html.escape(line)}" for line in advice(answer, batch_size))
+        parts.append(
+            f"<h2>{html.escape(answer.name)}</h2><p>{_rows(answer)}<ul>{said}</ul>{_picture(answer, batch_size)}"
+        )
+        head = "".join(f"<th>{name}" for name in _HEAD)
+        parts.append(f"<details><summary>all figures</summary><table><tr>{head}")
+        parts += [_line("random", figure) for figure in answer.random]
+        parts += [_line("mined", figure) for figure in answer.mined]
+        parts.append("</table></details>")
+    return "".join([*parts, f"<p>{_ASSUMED}"])
+
+
+def _line(kind: str, figure: Figure) -> str:
+    mined = kind == "mined"
+    cells = (
+        kind,
+        f"{figure.first_rank} to {figure.first_rank + figure.n_ranks - 1}" if mined else "",
+        figure.cluster_size if mined else "",
+        figure.batch_size,
+        f"{figure.hardness:.3f}",
+        f"{figure.clean:.3f}",
+        f"{figure.suspected:.1%}",
+        f"{figure.kept_frac:.1%}" if mined else "",
+        f"{figure.as_random:,.0f}",
+    )
+    return "<tr>" + "".join(f"<td>{cell}" for cell in cells)
+
+
+def _picture(answer: TaskAnswer, batch_size: int) -> str:
+    """An SVG: hardness against |B|, random and mined; a colour for each K, a line style for each window."""
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=(9, 5), layout="constrained")
+    axes: Any = canvas.subplots()
+    sizes, clean = zip(*((figure.batch_size, figure.clean) for figure in answer.random), strict=True)
+    axes.plot(sizes, clean, "k-o", linewidth=2.5, label="random")
+    cluster_sizes = sorted({figure.cluster_size for figure in answer.mined})
+    first_ranks = sorted({figure.first_rank for figure in answer.mined})
+    best = answer.best(batch_size, MOST_SUSPECTED)
+    for setting in sorted({figure.setting for figure in answer.mined}, key=lambda own: (own[2], own[0])):
+        own = [figure for figure in answer.mined if figure.setting == setting]
+        advised = best is not None and setting == best.setting
+        axes.plot(
+            [figure.batch_size for figure in own],
+            [figure.clean for figure in own],
+            linestyle=("-", "--", "-.", ":")[first_ranks.index(setting[0]) % 4],
+            color=f"C{cluster_sizes.index(setting[2])}",
+            linewidth=3 if advised else 1,
+            label=f"K {setting[2]}, from rank {setting[0]}{' (advised)' if advised else ''}",
+        )
+    axes.axvline(batch_size, color="0.8", zorder=0)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("rows in a batch, |B|")
+    axes.set_ylabel("hardness, suspects left out")
+    axes.legend(fontsize="small", ncols=2 if len(cluster_sizes) * len(first_ranks) > 8 else 1)
+    file = io.StringIO()
+    canvas.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()[file.getvalue().index("<svg") :]

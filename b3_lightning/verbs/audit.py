@@ -1,0 +1,68 @@
+"""Look for wrong negatives, duplicates and useless batches in pairs, triplets or batches.
+
+Reads .parquet, .jsonl, .csv or a dataset. Columns: a query (qry, anchor, query, ...), a target (pos_text, positive,
+...), and where they are there: negatives (neg_text, negative, negative_1, ...), batch, group, key.
+Exit status: 0 nothing is wrong, 3 something is, 1 the file could not be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from b3_lightning.data.audit import audit, suspect, uneven
+from b3_lightning.data.foreign import ForeignPairs, deal_batches, read_foreign
+from b3_lightning.data.teacher import check_vectors
+from b3_lightning.reports.audit import print_audit, write_audit
+
+FOUND = 3
+"""The exit status where something is wrong; 1 and 2 are those of other errors."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="pairs, triplets (a column of negatives) or batches (a column of batch numbers)")
+    parser.add_argument("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="such as qry=title batch=step")
+    parser.add_argument("--batch_size", type=int, help="deal plain pairs into random batches of this size first")
+    parser.add_argument("--in_order", action="store_true", help="with --batch_size: successive rows instead of random")
+    parser.add_argument("--vectors", help="a teacher's: .npy of shape (2, rows, dimensions), .safetensors or .parquet")
+    parser.add_argument("--margin", type=float, default=0.0, help="suspect above the positive plus this (default: 0)")
+    parser.add_argument("--output", type=Path, help="a .parquet file for the offending rows")
+    parser.add_argument("--strict", action="store_true", help="what is only worth a look counts as wrong too")
+
+
+def run(given: argparse.Namespace) -> None:
+    unclear = [entry for entry in given.columns if entry.count("=") != 1]
+    if unclear:
+        raise ValueError(f"--columns {' '.join(unclear)}: write OURS=THEIRS, such as qry=question")
+    if given.in_order and given.batch_size is None:
+        raise ValueError("--in_order says how rows are dealt into batches: give --batch_size too")
+    pairs = read_foreign(given.file, dict(entry.split("=") for entry in given.columns))
+    pairs, dealt = _with_batches(pairs, given)
+    console = Console()
+    found = audit(pairs) + ([] if dealt else uneven(pairs))
+    if given.vectors is not None:
+        vectors = check_vectors(given.vectors, len(pairs))
+        more, n_unknown = suspect(pairs, vectors, margin=given.margin, fillers=not dealt and bool(pairs.batches))
+        found += more
+        if n_unknown:
+            console.print(f"{n_unknown:,} negatives are no row's target, so they have no vector and were not scored")
+    print_audit(console, found, pairs, dealt)
+    if given.output is not None:
+        write_audit(given.output, found, pairs)
+        console.print(f"{len(found):,} findings: {given.output}", highlight=False)
+    if any(one.wrong or given.strict for one in found):
+        sys.exit(FOUND)
+
+
+def _with_batches(pairs: ForeignPairs, given: argparse.Namespace) -> tuple[ForeignPairs, str]:
+    if given.batch_size is None:
+        return pairs, ""
+    if pairs.batches:
+        raise ValueError(f"the file has the batch column {pairs.columns['batch']!r}: leave --batch_size out")
+    how = "in the file's order" if given.in_order else "dealt at random, as a trainer shuffles them"
+    batches = deal_batches(len(pairs), given.batch_size, in_order=given.in_order)
+    return replace(pairs, batches=batches), f" of {given.batch_size} {how}"

@@ -1,0 +1,42 @@
+"""Write a plan's batches for another trainer: the pairs in batch order, or in their own order with a batch column.
+
+Read the ordered file unshuffled, batch_size rows at a time; the columns epoch, batch, row and cluster come first.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from b3_lightning.data.ordered import read_sources, write_ordered, write_with_column
+from b3_lightning.mining import MinedPlan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("plan", help="folder of a mined plan")
+    parser.add_argument("--pairs", nargs="+", required=True, help="the file or files that were mined, in their order")
+    parser.add_argument("--output", type=Path, required=True, help="a .parquet file, or a new folder for datasets")
+    parser.add_argument("--batch_size", type=int, required=True, help="rows of a batch, a multiple of cluster_size")
+    parser.add_argument("--epochs", type=int, default=1, help="each combines the clusters anew (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw, as data.seed of fit (default: 0)")
+    parser.add_argument(
+        "--column", action="store_true", help="keep the order of the pairs and add the columns batch and cluster"
+    )
+
+
+def run(given: argparse.Namespace) -> None:
+    if given.column and given.epochs != 1:
+        raise ValueError(f"--column tells the batches of one epoch, not of --epochs={given.epochs}; leave one out")
+    mined, table = MinedPlan.load(given.plan), read_sources(given.pairs)
+    about = {"batch_size": given.batch_size, "seed": given.seed}
+    if given.column:
+        written = write_with_column(mined, table, given.output, **about)
+        left = f"{written.n_carried} rows that fill none have batch -1"
+    else:
+        written = write_ordered(mined, table, given.output, n_epochs=given.epochs, **about)
+        left = f"{written.n_carried} rows fill none in the last epoch and are not in the file"
+    console = Console(highlight=False)
+    console.print(f"{written.n_batches} batches of {given.batch_size} in {written.n_rows} rows: {given.output}")
+    console.print(left)

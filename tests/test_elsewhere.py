@@ -1,0 +1,220 @@
+"""A plan's batches in files for other trainers, and the audit of somebody else's files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import Dataset, load_from_disk
+
+from b3_lightning import MinedPlan, MiningSettings, mine
+from b3_lightning.cli import main
+from b3_lightning.data.ordered import add_batch_column
+
+N_ROWS = 70
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> MinedPlan:
+    """A plan on disk and the two files of its pairs, of which the second lacks a column."""
+    query_ND, target_ND = np.random.default_rng(0).normal(size=(2, N_ROWS, 16))
+    mined = mine(query_ND, target_ND, settings=MiningSettings(first_rank=1, n_ranks=10, cluster_size=4))
+    mined.save(tmp_path / "plan")
+    text = {"qry": [f"q{row}" for row in range(N_ROWS)], "pos_text": [f"t{row}" for row in range(N_ROWS)]}
+    table = pa.table({**text, "extra": list(range(N_ROWS))})
+    pq.write_table(table[:30], tmp_path / "first.parquet")
+    pq.write_table(table[30:].select(["qry", "pos_text"]), tmp_path / "second.parquet")
+    return mined
+
+
+def _batches(folder: Path, output: str, *more: str) -> None:
+    pairs = [str(folder / name) for name in ("first.parquet", "second.parquet")]
+    main(["batches", str(folder / "plan"), "--pairs", *pairs, f"--output={folder / output}", "--batch_size=16", *more])
+
+
+def test_rows_in_batch_order(plan: MinedPlan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _batches(tmp_path, "out.parquet", "--epochs=3", "--seed=5")
+    written = pq.read_table(tmp_path / "out.parquet").to_pydict()
+    expected = [plan.batches(batch_size=16, seed=5).epoch(epoch) for epoch in range(3)]
+    assert written["row"] == torch.cat(expected).flatten().tolist()
+    assert written["batch"] == [batch for batch in range(13) for _ in range(16)], "4, 4 and 5 batches"
+    assert written["epoch"] == [0] * 64 + [1] * 64 + [2] * 80
+    assert written["qry"] == [f"q{row}" for row in written["row"]]
+    assert written["extra"] == [row if row < 30 else None for row in written["row"]]
+    cluster_N = plan.clusters.cluster_of_row()
+    assert written["cluster"] == cluster_N[torch.tensor(written["row"])].tolist()
+    said = capsys.readouterr().out
+    assert "13 batches of 16 in 208 rows" in said
+    assert "2 rows fill none" in said
+
+
+def test_rows_in_their_own_order_with_a_column(plan: MinedPlan, tmp_path: Path) -> None:
+    _batches(tmp_path, "folder", "--column")
+    loaded = load_from_disk(str(tmp_path / "folder"))
+    assert loaded["qry"][:] == [f"q{row}" for row in range(N_ROWS)]
+    batch_N = torch.tensor(loaded["batch"][:])
+    for batch, ids_B in enumerate(plan.batches(batch_size=16, seed=0).epoch(0)):
+        assert torch.equal((batch_N == batch).nonzero().flatten(), ids_B.sort().values)
+    assert int((batch_N == -1).sum()) == 6
+    added = add_batch_column(Dataset.from_dict({"qry": loaded["qry"][:]}), plan, batch_size=16)
+    assert added["batch"][:] == batch_N.tolist()
+    assert added["cluster"][:] == loaded["cluster"][:] == plan.clusters.cluster_of_row().tolist()
+
+
+@pytest.mark.parametrize(
+    ("output", "more", "message"),
+    [
+        ("out.parquet", ["--epochs=0"], "epochs=0 must be at least 1"),
+        ("out.parquet", ["--column", "--epochs=2"], "the batches of one epoch, not of --epochs=2"),
+        ("plan", [], "plan exists; name a new folder"),
+    ],
+)
+def test_mistakes_with_batches(plan: MinedPlan, tmp_path: Path, output: str, more: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        _batches(tmp_path, output, *more)
+
+
+def test_other_pairs_and_taken_names_are_refused(plan: MinedPlan) -> None:
+    with pytest.raises(ValueError, match="mined from 70 rows, the training pairs have 3"):
+        add_batch_column(Dataset.from_dict({"qry": ["a", "b", "c"]}), plan, batch_size=16)
+    with pytest.raises(ValueError, match=r"a column \['batch'\] already"):
+        add_batch_column(Dataset.from_dict({"batch": [0] * N_ROWS}), plan, batch_size=16)
+
+
+def _audit(folder: Path, columns: dict[str, list[Any]], *more: str, status: int | None) -> set[tuple[str, int, bool]]:
+    """(finding, row, exact) of an audit of these columns; checks the exit status."""
+    pq.write_table(pa.table(columns), folder / "file.parquet")
+    arguments = ["audit", str(folder / "file.parquet"), f"--output={folder / 'found.parquet'}", *more]
+    if status is None:
+        main(arguments)
+    else:
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == status
+    found = pq.read_table(folder / "found.parquet").to_pylist()
+    return {(one["finding"], one["row"], one["exact"]) for one in found}
+
+
+def test_triplets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = _audit(
+        tmp_path,
+        {
+            "anchor": ["a", "b", "c", "A ", "e", ""],
+            "positive": ["Ta", "tb", "tc", "td", "E", "tf"],
+            "negative": ["ta", "tc", "C", "ta", "x", "y"],
+            "key": ["1", "2", "2", "3", None, "4"],
+        },
+        status=3,
+    )
+    assert found == {
+        ("empty_side", 5, True),
+        ("negative_is_own_positive", 0, False),
+        ("negative_is_positive_of_query", 3, False),
+        ("negative_is_query", 2, False),
+        ("query_is_target", 4, False),
+        ("several_targets", 0, False),
+        ("several_targets", 3, False),
+        ("conflicting_key", 2, True),
+    }
+    said = capsys.readouterr().out
+    assert "6 rows, 6 negatives, 0 batches" in said
+    assert "qry = anchor" in said
+
+
+def test_several_negatives_a_row(tmp_path: Path) -> None:
+    pairs = {"qry": ["a", "b"], "pos_text": ["ta", "tb"]}
+    assert _audit(tmp_path, {**pairs, "neg_text": [["x", "x"], ["tb"]]}, status=3) == {
+        ("repeated_negative", 0, True),
+        ("negative_is_own_positive", 1, True),
+    }
+    numbered = {"negative_1": ["x", "tb"], "negative_2": ["x", "z"]}
+    assert _audit(tmp_path, {**pairs, **numbered}, status=3) == {
+        ("repeated_negative", 0, True),
+        ("negative_is_own_positive", 1, True),
+    }
+
+
+def test_batches_of_a_file(tmp_path: Path) -> None:
+    found = _audit(
+        tmp_path,
+        {
+            "title": ["a", "b", "a", "d", "d", "e", "f", "g"],
+            "pos_text": ["t1", "T1", "t3", "t4", "t4", "t5", "t6", "t1"],
+            "step": [0, 0, 0, 1, 1, 2, 2, -1],
+            "group": [None, None, None, None, None, "g", "g", "g"],
+        },
+        "--columns", "qry=title", "batch=step",
+        status=3,
+    )  # fmt: skip
+    in_batch = {one for one in found if "batch" in one[0]}
+    assert in_batch == {
+        ("same_target_in_batch", 0, False),
+        ("same_target_in_batch", 1, False),
+        ("same_query_in_batch", 0, True),
+        ("same_query_in_batch", 2, True),
+        ("same_pair_in_batch", 4, True),
+        ("one_label_batch", 3, True),
+        ("same_group_in_batch", 5, True),
+        ("same_group_in_batch", 6, True),
+        ("uneven_batch", 0, True),
+    }
+    assert ("shared_target", 7, True) in found, "row 7 is in no batch but has row 0's target"
+
+
+def test_plain_pairs_are_dealt_and_what_is_clean_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = {"qry": list("abcdef"), "pos_text": ["t1", "t2", "t3", "t1", "t5", "t6"]}
+    assert _audit(tmp_path, pairs, status=None) == {("shared_target", 0, True), ("shared_target", 3, True)}
+    _audit(tmp_path, pairs, "--strict", status=3)
+    found = _audit(tmp_path, pairs, "--batch_size=4", "--in_order", status=3)
+    assert {one for one in found if one[0].startswith("same")} == {
+        ("same_target_in_batch", 0, True),
+        ("same_target_in_batch", 3, True),
+    }
+    assert _audit(tmp_path, pairs, "--batch_size=3", "--in_order", status=None) == {
+        ("shared_target", 0, True),
+        ("shared_target", 3, True),
+    }
+    capsys.readouterr()
+    assert _audit(tmp_path, {"qry": ["a", "b"], "pos_text": ["c", "d"]}, status=None) == set()
+    assert "nothing found" in capsys.readouterr().out
+
+
+def test_vectors_add_suspicions_and_fillers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows 0 and 1 lie at one place, where 1's target is nearer to 0's query than its own; 2 and 3 are far from all."""
+    query = torch.eye(4)[[0, 0, 1, 2]] + 0.0
+    target = torch.eye(4)[[0, 0, 1, 2]] + 0.0
+    target[0, 3] = 1.0
+    np.save(tmp_path / "vectors.npy", torch.stack([query, target]).numpy())
+    columns = {"qry": list("abcd"), "pos_text": ["ta", "tb", "tc", "td"], "neg_text": ["TB", "zz", "ta", "ta"]}
+    vectors = f"--vectors={tmp_path / 'vectors.npy'}"
+    assert _audit(tmp_path, columns, vectors, status=None) == {("suspected_false_negative", 0, True)}
+    assert "1 negatives are no row's target" in capsys.readouterr().out
+    assert _audit(tmp_path, columns, vectors, "--margin=0.5", status=None) == set()
+    del columns["neg_text"]
+    found = _audit(tmp_path, {**columns, "batch": ["x", "x", "y", "y"]}, vectors, status=None)
+    assert ("suspected_false_negative", 0, True) in found
+    assert {("filler", 2, True), ("filler", 3, True)} <= found
+    assert not any(name == "filler" and row == 0 for name, row, _ in found)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--columns", "qry"], "--columns qry: write OURS=THEIRS"),
+        (["--columns", "query=a"], r"--columns names \['query'\]"),
+        (["--columns", "qry=b"], r"no column \['b'\]; it has \['a', 'pos_text'\]"),
+        ([], "no column for the query.*--columns qry=YOUR_COLUMN"),
+        (["--columns", "qry=a", "--in_order"], "give --batch_size too"),
+        (["--columns", "qry=a", "--batch_size=9"], "batch_size=9 must lie between 2 and the 2 rows"),
+        (["--columns", "qry=a", "--vectors=absent.npy"], "absent.npy"),
+    ],
+)
+def test_mistakes_with_audit(more: list[str], message: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"a": ["x", "y"], "pos_text": ["t", "u"]}), tmp_path / "file.parquet")
+    with pytest.raises(SystemExit, match=message):
+        main(["audit", str(tmp_path / "file.parquet"), *more])
