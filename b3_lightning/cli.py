@@ -24,13 +24,12 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from rich.console import Console
 from rich.table import Table
 
-from b3_lightning.callbacks import EmbeddingWriter, Export, HardnessMonitor, Remine
+from b3_lightning.callbacks import EmbeddingWriter, Export, HardnessMonitor, MiningReport, Remine
 from b3_lightning.checkpoints import CheckedCheckpointIO, StepCheckpoint
 from b3_lightning.data import PairsDataModule
 from b3_lightning.mining import MinedPlan
 from b3_lightning.model import ContrastiveModule
 from b3_lightning.reports.compare import SHOWN, best_validation, keep_old_metrics
-from b3_lightning.reports.plan import write_plan_report
 from b3_lightning.verbs import VERBS, run_verb
 
 DESCRIPTION = "Train embedding models on batches mined to be hard (B3)."
@@ -115,7 +114,9 @@ class B3Trainer(L.Trainer):
             mined = datamodule.mine()
             if mined is not None:
                 mined.save(output)
-                write_plan_report(mined, datamodule.pairs("train"), Path(output) / "report.md")
+                for callback in self.callbacks:  # type: ignore[attr-defined]
+                    if isinstance(callback, MiningReport):
+                        callback.write(mined, datamodule, Path(output), f"Mined plan {Path(output).name}")
             processes.barrier()
         return mined
 
@@ -141,6 +142,7 @@ class B3CLI(LightningCLI):
         parser.add_class_arguments(RunSettings, "run")
         parser.add_lightning_class_args(Remine, "remine")
         parser.add_lightning_class_args(HardnessMonitor, "hardness")
+        parser.add_lightning_class_args(MiningReport, "report")
 
     @property
     def run(self) -> RunSettings:
@@ -252,7 +254,7 @@ class B3CLI(LightningCLI):
     def after_mine(self) -> None:
         if self.trainer.is_global_zero:
             output = self._get(self.config, "output")
-            Console().print(f"plan and report: {output}\ntrain on it: --data.plan={output}")
+            Console().print(f"plan and report: {output}  (report.html)\ntrain on it: --data.plan={output}")
 
 
 def _listed(given: Any) -> list[Any]:

@@ -6,4 +6,5 @@ if __name__ != "b3_lightning.callbacks":
 from b3_lightning.callbacks.embedding_writer import EmbeddingWriter as EmbeddingWriter
 from b3_lightning.callbacks.export import Export as Export
 from b3_lightning.callbacks.hardness_monitor import HardnessMonitor as HardnessMonitor
+from b3_lightning.callbacks.mining_report import MiningReport as MiningReport
 from b3_lightning.callbacks.remine import Remine as Remine

@@ -270,7 +270,7 @@ class PairsDataModule(L.LightningDataModule):
 
     def new_plan(self, epoch: int, request: MiningRequest) -> NewPlan | None:
         """Mine batches to be used from ``epoch`` on; None where the plan in use is what would be mined."""
-        return self._miner().new_plan(self._plan_folder(epoch), request, in_use=self._in_use.get("key"))
+        return self._miner().new_plan(self.mined_folder(epoch), request, in_use=self._in_use.get("key"))
 
     def take_over(self, plan: NewPlan, epoch: int) -> None:
         """Draw batches from the plan from ``epoch`` on, and tell of it."""
@@ -372,7 +372,8 @@ class PairsDataModule(L.LightningDataModule):
         mined.check_rows(len(self.pairs("train")))
         self._draw_from(mined)
 
-    def _plan_folder(self, epoch: int) -> Path:
+    def mined_folder(self, epoch: int) -> Path:
+        """Where the plan lies that is mined before an epoch."""
         return Path(self._trainer().default_root_dir) / "plans" / f"epoch-{epoch:04d}"
 
 
