@@ -24,7 +24,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from rich.console import Console
 from rich.table import Table
 
-from b3_lightning.callbacks import EmbeddingWriter, Export, HardnessMonitor, MiningReport, Remine
+from b3_lightning.callbacks import Clock, EmbeddingWriter, Export, HardnessMonitor, KeepRanks, MiningReport, Remine
 from b3_lightning.checkpoints import CheckedCheckpointIO, StepCheckpoint
 from b3_lightning.data import PairsDataModule
 from b3_lightning.mining import MinedPlan
@@ -163,7 +163,7 @@ class B3CLI(LightningCLI):
                     "run.checkpoint_every_n_steps is without effect where trainer.callbacks holds a ModelCheckpoint of "
                     "your own: set every_n_train_steps there"
                 )
-            callbacks.append(Export(self.parser_dump(), self.run.merge_adapter))
+            callbacks += [Clock(), KeepRanks(), Export(self.parser_dump(), self.run.merge_adapter)]
         else:
             kwargs["enable_checkpointing"] = False
         if self.subcommand == "predict":

@@ -75,10 +75,8 @@ class Browser:
 
     def wait_for(self, condition: str) -> None:
         """Wait until a JavaScript condition holds; ten seconds at most."""
-        self.ask(
-            "new Promise((done, fail) => { let left = 200; const look = () => "
-            f"({condition}) ? done() : --left ? setTimeout(look, 50) : fail('never: ' + {json.dumps(condition)}); look() }})"
-        )
+        look = f"() => ({condition}) ? done() : --left ? setTimeout(look, 50) : fail(new Error('never came true'))"
+        self.ask(f"new Promise((done, fail) => {{ let left = 200; const look = {look}; look() }})")
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:

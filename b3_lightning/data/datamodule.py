@@ -135,6 +135,10 @@ class PairsDataModule(L.LightningDataModule):
         """The rows of a loaded split."""
         return self._splits[split].pairs
 
+    def fingerprint(self, split: str) -> str:
+        """SHA-256 of all that a loaded split's rows hold."""
+        return self._splits[split].fingerprint
+
     @property
     def n_tasks(self) -> int:
         """How many tasks the training pairs hold."""
