@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import wandb
 import yaml
 from browser import CHROMIUM, Browser
 from conftest import Run as Fit
@@ -20,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from b3_lightning.cli import main
-from b3_lightning.model.metrics import RetrievalMetrics, paired_bootstrap, rank_metrics
+from b3_lightning.model.metrics import PairedDifference, RetrievalMetrics, paired_bootstrap, rank_metrics
 from b3_lightning.reports.compare import Comparison, significance
 from b3_lightning.reports.offline import is_number, read_offline_run
 from b3_lightning.reports.runs import Ranks, Run, load_runs
@@ -35,6 +36,7 @@ def test_an_offline_file_holds_what_metrics_csv_holds_and_the_plans_page(fit: Fi
         "image-text", SMALL, f"--data.teacher={vectors}", "--run.wandb=offline", "--trainer.log_every_n_steps=2",
         "--hardness.every_n_steps=3", "--report.limits={n_clusters: 3}",
     )  # fmt: skip
+    wandb.finish()  # else it is the end of the process that empties W&B's queue
     (file,) = run.glob("wandb/offline-run-*/*.wandb")
     (offline,), (local,) = load_runs([str(file)]), load_runs([str(run)])
     kept = [row for row in offline.rows if set(row) != {"step"}]  # the others hold a table, pictures, the page
@@ -218,8 +220,6 @@ def test_runs_of_a_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 
 def test_a_server_that_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    import wandb
-
     def refuse() -> None:
         raise wandb.errors.UsageError("api_key not configured")
 
@@ -241,8 +241,8 @@ def test_ranks_of_other_pairs_are_not_compared() -> None:
 
 
 def test_the_bootstrap_by_hand_and_against_the_normal_approximation() -> None:
-    def bootstrap(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float, float]:
-        return tuple(paired_bootstrap(a, b, n_draws=4000, generator=torch.Generator().manual_seed(1)))
+    def bootstrap(a: torch.Tensor, b: torch.Tensor) -> PairedDifference:
+        return paired_bootstrap(a, b, n_draws=4000, generator=torch.Generator().manual_seed(1))
 
     assert bootstrap(torch.full((9,), 0.75), torch.full((9,), 0.5)) == (0.25, 0.25, 0.25)
     generator = torch.Generator().manual_seed(0)

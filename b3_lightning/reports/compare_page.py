@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 
 from b3_lightning.mining.store import write_text
+from b3_lightning.model.metrics import PairedDifference
 from b3_lightning.reports.compare import COMPARED, N_DRAWS, Comparison, in_words, verdict
 from b3_lightning.reports.page import page, section, table
 from b3_lightning.reports.runs import AXES, Run
@@ -50,8 +51,8 @@ def _significance(compared: Comparison) -> str:
     return section("How sure is it?", table(head, rows, label="Significance"), intro)
 
 
-def _both(difference: object) -> tuple[str, str]:
-    return in_words(difference), verdict(difference)  # type: ignore[arg-type]
+def _both(difference: PairedDifference) -> tuple[str, str]:
+    return in_words(difference), verdict(difference)
 
 
 def _curves(compared: Comparison) -> str:
@@ -74,8 +75,10 @@ def _chart(runs: list[Run], metric: str, axis: str) -> str:
         xs, ys = [x for x, _ in points], [y for _, y in points]
         lines.append(Line(run.name, xs, ys, index % _COLORS + 1, dashed=index >= _COLORS))
         said.append(f"{run.name} ends at {ys[-1]:.3f} after {xs[-1]:,.0f}")
+    said_all, title = "; ".join(said) + ".", f"{metric} by {AXES[axis]}"
     note = f"Not logged by {', '.join(lacking)}." if lacking and lines else ""
-    return line_chart(Axes(f"{metric} by {AXES[axis]}", AXES[axis], "", "; ".join(said) + ".", note), lines)
+    axes = Axes(title, AXES[axis], "", said_all, note, x_from_zero=True)
+    return line_chart(axes, lines)
 
 
 def _settings(compared: Comparison) -> str:

@@ -52,8 +52,9 @@ def embed(data: Any) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, label: str) -> str:
     """A table that scrolls sideways where it is too wide; cells are escaped here, numbers stand to the right."""
-    first = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    body = "".join(f"<tr>{''.join(_cell(cell) for cell in row)}</tr>" for row in rows)
+    above = rows[0] if rows else head
+    first = "".join(f'<th scope="col"{_kind(cell)}>{escape(name)}</th>' for name, cell in zip(head, above, strict=True))
+    body = "".join(f"<tr>{''.join(f'<td{_kind(cell)}>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}"><table>'
         f"<thead><tr>{first}</tr></thead><tbody>{body}</tbody></table></div>"
@@ -75,7 +76,7 @@ def section(title: str, content: str, intro: str = "") -> str:
     return f"<section><h2>{escape(title)}</h2>{lead}{content}</section>" if content else ""
 
 
-def _cell(text: str) -> str:
-    numeric = text[:1].isdigit() or text[:1] in ("-", "+")
-    kind = " class=number" if numeric else " class=long" if len(text) > 60 else ""
-    return f"<td{kind}>{escape(text)}</td>"
+def _kind(cell: str) -> str:
+    if cell[:1].isdigit() or cell[:1] in ("-", "+"):
+        return " class=number"
+    return " class=long" if len(cell) > 60 else ""

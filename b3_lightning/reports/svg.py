@@ -70,6 +70,7 @@ class Axes:
     summary: str
     note: str = ""
     percent: bool = False
+    x_from_zero: bool = False
 
 
 def line_chart(axes: Axes, lines: Sequence[Line], bands: Sequence[Band] = (), spans: Sequence[Span] = ()) -> str:
@@ -77,6 +78,8 @@ def line_chart(axes: Axes, lines: Sequence[Line], bands: Sequence[Band] = (), sp
     xs = [x for line in lines for x in line.x] + [end for span in spans for end in (span.start, span.end)]
     ys = [y for line in lines for y in line.y] + [y for band in bands for y in (*band.low, *band.high)]
     ys = [y for y in ys if math.isfinite(y)]
+    if axes.x_from_zero and xs:
+        xs.append(0.0)
     if not xs or not ys:
         return ""
     if axes.percent:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 VERBS = {
     "glyphs": "write the quickstart's data: pictures of characters and their names",
-    "compare": "the metrics of finished runs side by side",
+    "compare": "finished runs side by side: metrics, intervals, settings, curves",
 }
 """Every verb and what it does, in one line of the help."""
 
