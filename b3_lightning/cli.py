@@ -116,7 +116,7 @@ class B3Trainer(L.Trainer):
                 mined.save(output)
                 for callback in self.callbacks:  # type: ignore[attr-defined]
                     if isinstance(callback, MiningReport):
-                        callback.write(mined, datamodule, Path(output), f"Mined plan {Path(output).name}")
+                        callback.write(mined, datamodule, Path(output), f"Mined plan: {Path(output).name}")
             processes.barrier()
         return mined
 
