@@ -22,7 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from rich.console import Console
 
-from b3_lightning.callbacks import EmbeddingWriter, Export, HardnessMonitor, Remine
+from b3_lightning.callbacks import Clock, EmbeddingWriter, Export, HardnessMonitor, KeepRanks, MiningReport, Remine
 from b3_lightning.checkpoints import CheckedCheckpointIO, StepCheckpoint
 from b3_lightning.data import PairsDataModule
 from b3_lightning.mining import MinedPlan
@@ -30,7 +30,6 @@ from b3_lightning.mining.whatif import Questions
 from b3_lightning.model import ContrastiveModule
 from b3_lightning.reports.compare import keep_old_metrics
 from b3_lightning.reports.outcome import print_outcome
-from b3_lightning.reports.plan import write_plan_report
 from b3_lightning.reports.wandb_mode import WandbMode, is_offline
 from b3_lightning.reports.whatif import tell_what_if
 from b3_lightning.verbs import VERBS, run_verb
@@ -124,7 +123,9 @@ class B3Trainer(L.Trainer):
             mined = datamodule.mine()
             if mined is not None:
                 mined.save(output)
-                write_plan_report(mined, datamodule.pairs("train"), Path(output) / "report.md")
+                for callback in self.callbacks:  # type: ignore[attr-defined]
+                    if isinstance(callback, MiningReport):
+                        callback.write(mined, datamodule, Path(output), f"Mined plan: {Path(output).name}")
             processes.barrier()
         return mined
 
@@ -159,6 +160,7 @@ class B3CLI(LightningCLI):
         parser.add_class_arguments(RunSettings, "run")
         parser.add_lightning_class_args(Remine, "remine")
         parser.add_lightning_class_args(HardnessMonitor, "hardness")
+        parser.add_lightning_class_args(MiningReport, "report")
 
     @property
     def run(self) -> RunSettings:
@@ -179,7 +181,7 @@ class B3CLI(LightningCLI):
                     "run.checkpoint_every_n_steps is without effect where trainer.callbacks holds a ModelCheckpoint of "
                     "your own: set every_n_train_steps there"
                 )
-            callbacks.append(Export(self.parser_dump(), self.run.merge_adapter))
+            callbacks += [Clock(), KeepRanks(), Export(self.parser_dump(), self.run.merge_adapter)]
         else:
             kwargs["enable_checkpointing"] = False
         if self.subcommand == "predict":
@@ -273,7 +275,7 @@ class B3CLI(LightningCLI):
     def after_mine(self) -> None:
         if self.trainer.is_global_zero:
             output = self._get(self.config, "output")
-            Console().print(f"plan and report: {output}\ntrain on it: --data.plan={output}")
+            Console().print(f"plan and report: {output}  (report.html)\ntrain on it: --data.plan={output}")
 
 
 def _listed(given: Any) -> list[Any]:

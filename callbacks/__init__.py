@@ -3,7 +3,10 @@
 if __name__ != "b3_lightning.callbacks":
     raise ImportError(f"import this folder as b3_lightning.callbacks, not as {__name__}")
 
+from b3_lightning.callbacks.clock import Clock as Clock
 from b3_lightning.callbacks.embedding_writer import EmbeddingWriter as EmbeddingWriter
 from b3_lightning.callbacks.export import Export as Export
 from b3_lightning.callbacks.hardness_monitor import HardnessMonitor as HardnessMonitor
+from b3_lightning.callbacks.keep_ranks import KeepRanks as KeepRanks
+from b3_lightning.callbacks.mining_report import MiningReport as MiningReport
 from b3_lightning.callbacks.remine import Remine as Remine

@@ -128,6 +128,7 @@ def test_a_wheel_holds_the_callbacks_and_the_types_marker(tmp_path: Path) -> Non
     )  # fmt: skip
     assert built.returncode == 0, built.stderr
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "b3_lightning").rglob("*.py")}
+    kinds = ("*.py", "*.css", "*.js")
+    sources = {path.relative_to(ROOT).as_posix() for kind in kinds for path in (ROOT / "b3_lightning").rglob(kind)}
     assert sources <= set(names)
     assert {"b3_lightning/py.typed", "b3_lightning/callbacks/remine.py"} <= set(names)

@@ -150,6 +150,10 @@ class PairsDataModule(L.LightningDataModule):
         """The rows of a loaded split."""
         return self._splits[split].pairs
 
+    def fingerprint(self, split: str) -> str:
+        """SHA-256 of all that a loaded split's rows hold."""
+        return self._splits[split].fingerprint
+
     @property
     def n_tasks(self) -> int:
         """How many tasks the training pairs hold."""
@@ -285,7 +289,7 @@ class PairsDataModule(L.LightningDataModule):
 
     def new_plan(self, epoch: int, request: MiningRequest) -> NewPlan | None:
         """Mine batches to be used from ``epoch`` on; None where the plan in use is what would be mined."""
-        return self._miner().new_plan(self._plan_folder(epoch), request, in_use=self._in_use.get("key"))
+        return self._miner().new_plan(self.mined_folder(epoch), request, in_use=self._in_use.get("key"))
 
     def take_over(self, plan: NewPlan, epoch: int) -> None:
         """Draw batches from the plan from ``epoch`` on, and tell of it."""
@@ -391,7 +395,8 @@ class PairsDataModule(L.LightningDataModule):
         mined.check_rows(len(self.pairs("train")))
         self._draw_from(mined)
 
-    def _plan_folder(self, epoch: int) -> Path:
+    def mined_folder(self, epoch: int) -> Path:
+        """Where the plan lies that is mined before an epoch."""
         return Path(self._trainer().default_root_dir) / "plans" / f"epoch-{epoch:04d}"
 
 

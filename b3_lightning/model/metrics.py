@@ -2,12 +2,12 @@
 
 torchmetrics' own retrieval metrics count a relevant item with a negative score as missed; cosines are often negative.
 
-Shapes: N = pairs, U = unique targets, Q = queries of a tile, D = dimensions.
+Shapes: N = pairs, U = unique targets, Q = queries (of a tile), D = dimensions, S = draws of a tile.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torchmetrics import Metric
 
 TOP_K = (1, 5, 10)
 _TILE = 1024
+_DRAWN_AT_ONCE = 2**22
 
 
 def positive_ranks(query_ND: Tensor, target_ND: Tensor, query_key_N: Tensor, target_key_N: Tensor) -> Tensor:
@@ -50,7 +51,8 @@ class RetrievalMetrics(Metric):
     """``hit@1 @5 @10``, ``mrr`` and ``ndcg@10`` of each query's own target among all unique targets.
 
     Keeps the vectors of the validation set, because a rank needs all targets; every row counts once, also where a
-    distributed sampler repeats rows to even out the processes.
+    distributed sampler repeats rows to even out the processes. ``rank_of_row_N2`` (int64: row id, rank from 0) are the
+    ranks that the last ``compute`` found, by row.
     """
 
     full_state_update = False
@@ -62,6 +64,7 @@ class RetrievalMetrics(Metric):
         super().__init__(**kwargs)
         for name in ("query", "target", "key"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
+        self.rank_of_row_N2 = torch.empty(0, 2, dtype=torch.int64)
 
     def update(
         self, query_BD: Tensor, target_BD: Tensor, *, row_B: Tensor, query_key_B: Tensor, target_key_B: Tensor
@@ -77,11 +80,50 @@ class RetrievalMetrics(Metric):
         _, row_of_N = key_N3[:, 0].unique(return_inverse=True)
         first_N = torch.full((int(row_of_N.max()) + 1,), len(key_N3), dtype=torch.int64, device=key_N3.device)
         first_N.scatter_reduce_(0, row_of_N, torch.arange(len(key_N3), device=key_N3.device), "amin")
-        rank_N = positive_ranks(query_ND[first_N], target_ND[first_N], key_N3[first_N, 1], key_N3[first_N, 2]).float()
-        values = {f"hit@{k}": (rank_N < k).float().mean() for k in TOP_K}
-        values["mrr"] = (1 / (rank_N + 1)).mean()
-        values["ndcg@10"] = torch.where(rank_N < 10, 1 / torch.log2(rank_N + 2), 0.0).mean()
-        return values
+        rank_N = positive_ranks(query_ND[first_N], target_ND[first_N], key_N3[first_N, 1], key_N3[first_N, 2])
+        self.rank_of_row_N2 = torch.stack([key_N3[first_N, 0], rank_N], dim=1).cpu()
+        return rank_metrics(rank_N)
+
+
+def rank_metrics(rank_N: Tensor) -> dict[str, Tensor]:
+    """Metric name -> scalar, from ranks counted from 0."""
+    return {name: value_N.mean() for name, value_N in query_metrics(rank_N).items()}
+
+
+def query_metrics(rank_N: Tensor) -> dict[str, Tensor]:
+    """Metric name -> (N,) float32, what each query adds to the mean."""
+    rank_N = rank_N.float()
+    values = {f"hit@{k}": (rank_N < k).float() for k in TOP_K}
+    values["mrr"] = 1 / (rank_N + 1)
+    values["ndcg@10"] = torch.where(rank_N < 10, 1 / torch.log2(rank_N + 2), 0.0)
+    return values
+
+
+class PairedDifference(NamedTuple):
+    """The mean of ``a - b`` and the ends of its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def paired_bootstrap(a_Q: Tensor, b_Q: Tensor, *, n_draws: int, generator: torch.Generator) -> PairedDifference:
+    """How sure a difference is: both arms answer the same queries, which are drawn again with replacement.
+
+    Args:
+        a_Q: (Q,) a value of each query, such as its reciprocal rank.
+        b_Q: (Q,) the other arm's, in the same order.
+        n_draws: of the bootstrap; 2,000 give the ends to about 2% of the interval.
+    """
+    if a_Q.shape != b_Q.shape or a_Q.ndim != 1 or len(a_Q) == 0:
+        raise ValueError(f"values of {tuple(a_Q.shape)} and {tuple(b_Q.shape)}; both need (queries,), the same ones")
+    difference_Q = a_Q.double() - b_Q.double()
+    tile, means = max(1, _DRAWN_AT_ONCE // len(difference_Q)), []
+    for start in range(0, n_draws, tile):
+        shape = (min(tile, n_draws - start), len(difference_Q))
+        means.append(difference_Q[torch.randint(len(difference_Q), shape, generator=generator)].mean(dim=1))
+    ends = torch.cat(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return PairedDifference(float(difference_Q.mean()), float(ends[0]), float(ends[1]))
 
 
 def _as_one(state: list[Tensor] | Tensor) -> Tensor:

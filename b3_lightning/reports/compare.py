@@ -1,57 +1,161 @@
-"""Finished runs side by side, from the metrics.csv and config.yaml that each leaves."""
+"""Finished runs side by side: the best validation, how sure the differences are, and which settings differ."""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
+import torch
 from rich.console import Console
 from rich.table import Table
 
+from b3_lightning.model.metrics import PairedDifference, paired_bootstrap, query_metrics
+from b3_lightning.reports.runs import Run, load_runs, read_csv_run
+
 SHOWN = ("val/hit@1", "val/hit@5", "val/hit@10", "val/mrr", "val/ndcg@10", "val/loss")
+COMPARED = ("hit@1", "mrr")
+N_DRAWS = 2000
+_MOST_COLUMNS = 6
+"""More runs than these stand one below the other."""
 
 
-def compare_runs(runs: list[str]) -> None:
-    """Print the best validation of each run, and the settings in which they differ.
+@dataclass(frozen=True)
+class Significance:
+    """A run against the first one, metric by metric; ``why_not`` where their ranks cannot be compared."""
 
-    Args:
-        runs: folders of runs.
+    name: str
+    differences: dict[str, PairedDifference]
+    n_queries: int
+    why_not: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is printed and drawn: the best row of each run, in their order, settings that differ, significance."""
+
+    runs: list[Run]
+    metric: str
+    best: list[dict[str, float]]
+    differing: dict[str, list[str]]
+    against_first: list[Significance]
+
+    @classmethod
+    def of(cls, runs: Sequence[Run], metric: str) -> Comparison:
+        """Compare runs at the best value of a metric.
+
+        Raises:
+            ValueError: where a run never logged it.
+        """
+        best = [run.best(metric) for run in runs]
+        keys = sorted(set().union(*(run.config for run in runs)))
+        values = {key: [str(run.config.get(key, "")) for run in runs] for key in keys}
+        differing = {key: listed for key, listed in values.items() if len(set(listed)) > 1}
+        return cls(list(runs), metric, best, differing, [significance(runs[0], run) for run in runs[1:]])
+
+    def figures(self) -> dict[str, list[str]]:
+        """Metric -> its value in every run, at the best validation."""
+        names = dict.fromkeys([self.metric, *SHOWN])
+        listed = {"step": [f"{row['step']:.0f}" if "step" in row else "" for row in self.best]}
+        for name in names:
+            if any(name in row for row in self.best):
+                listed[name] = [f"{row[name]:.4f}" if name in row else "" for row in self.best]
+        return listed
+
+    def workspaces(self) -> list[str]:
+        """The W&B workspaces of runs that lie on a server."""
+        urls = [run.url.rpartition("/runs/")[0] for run in self.runs if run.url]
+        return sorted({f"{url}/workspace" for url in urls if url})
+
+
+def significance(first: Run, other: Run) -> Significance:
+    """``other - first`` over the same validation queries, by a paired bootstrap (95%)."""
+    lacking = [run.name for run in (first, other) if run.ranks is None]
+    if lacking or first.ranks is None or other.ranks is None:
+        return Significance(other.name, {}, 0, f"{' and '.join(lacking)} keep no val_ranks.safetensors")
+    if first.ranks.pairs != other.ranks.pairs or not torch.equal(first.ranks.row_N, other.ranks.row_N):
+        return Significance(other.name, {}, 0, f"{first.name} and {other.name} were validated on different pairs")
+    ours, theirs = query_metrics(other.ranks.rank_N), query_metrics(first.ranks.rank_N)
+    differences = {
+        name: paired_bootstrap(
+            ours[name], theirs[name], n_draws=N_DRAWS, generator=torch.Generator().manual_seed(0)
+        )
+        for name in COMPARED
+    }  # fmt: skip
+    return Significance(other.name, differences, len(other.ranks.rank_N))
+
+
+def in_words(difference: PairedDifference) -> str:
+    """In points, with the interval."""
+    mean, low, high = (100 * value for value in difference)
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def verdict(difference: PairedDifference) -> str:
+    """What the interval allows to say."""
+    return "better" if difference.low > 0 else "worse" if difference.high < 0 else "not distinguishable"
+
+
+def compare_runs(given: Sequence[str], *, metric: str = "val/mrr", output: str | None = None) -> None:
+    """Print runs side by side and, with ``output``, write a page with their curves.
+
+    Raises:
+        ValueError: where ``output`` does not end in .html, and where a run never logged the metric.
     """
-    folders = [Path(run) for run in runs]
-    best = [best_validation(folder) for folder in folders]
-    configs = [_flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))) for folder in folders]
+    if output is not None and not output.endswith(".html"):
+        raise ValueError(f"--output {output} must end in .html: it is one page with curves and tables")
+    compared = Comparison.of(load_runs(given), metric)
     console = Console()
-    table = Table("", *(folder.name for folder in folders), title="validation at the step of the best MRR")
-    for name in ("step", *SHOWN):
-        table.add_row(name, *(f"{row[name]:.4f}" if name != "step" else f"{row[name]:.0f}" for row in best))
-    console.print(table)
-    differing = sorted(key for key in set().union(*configs) if len({str(config.get(key)) for config in configs}) > 1)
-    settings = Table("setting", *(folder.name for folder in folders), title="settings that differ")
-    for key in differing:
-        settings.add_row(key, *(str(config.get(key, "")) for config in configs))
-    console.print(settings)
+    names = [run.name for run in compared.runs]
+    title = f"validation at the step of the best {metric}"
+    console.print(_table(title, "", names, compared.figures()))
+    _print_significance(compared, console)
+    if len(names) > 1:
+        console.print(_table("settings that differ", "setting", names, compared.differing))
+    if output is not None:
+        from b3_lightning.reports.compare_page import write_compare_page
+
+        write_compare_page(compared, Path(output))
+        console.print(f"curves: {output}", highlight=False, soft_wrap=True)
+    for url in compared.workspaces():
+        console.print(f"W&B workspace: {url}", highlight=False, soft_wrap=True)
+
+
+def _table(title: str, corner: str, names: Sequence[str], rows: dict[str, list[str]]) -> Table:
+    if len(names) <= _MOST_COLUMNS:
+        table = Table(corner, *names, title=title)
+        for name, values in rows.items():
+            table.add_row(name, *values)
+        return table
+    table = Table("run", *rows, title=title)
+    for index, name in enumerate(names):
+        table.add_row(name, *(values[index] for values in rows.values()))
+    return table
+
+
+def _print_significance(compared: Comparison, console: Console) -> None:
+    sure = [one for one in compared.against_first if one.differences]
+    if sure:
+        title = f"points above {compared.runs[0].name}, 95% interval over {sure[0].n_queries:,} queries"
+        table = Table("", *COMPARED, title=title)
+        for one in sure:
+            said = (f"{in_words(one.differences[name])} {verdict(one.differences[name])}" for name in COMPARED)
+            table.add_row(one.name, *said)
+        console.print(table)
+    for one in compared.against_first:
+        if one.why_not:
+            console.print(f"no interval for {one.name}: {one.why_not}", highlight=False)
 
 
 def best_validation(folder: Path) -> dict[str, float]:
     """The row of metrics.csv with the highest ``val/mrr``.
 
     Raises:
-        FileNotFoundError: where the folder holds no metrics.csv.
         ValueError: where no validation was logged.
     """
-    path = folder / "metrics.csv"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no metrics.csv; name the folder of a run")
-    rows = []
-    for part in [*sorted(folder.glob("metrics-until-*.csv")), path]:
-        with part.open(encoding="utf-8", newline="") as file:
-            rows += [row for row in csv.DictReader(file) if row.get("val/mrr")]
-    if not rows:
-        raise ValueError(f"{path} holds no validation; runs need data.val_pairs to be compared")
-    best = max(rows, key=lambda row: float(row["val/mrr"]))
-    return {name: float(best[name]) for name in ("step", *SHOWN)}
+    best = read_csv_run(folder).best("val/mrr")
+    return {name: best[name] for name in ("step", *SHOWN)}
 
 
 def keep_old_metrics(folder: Path) -> None:
@@ -62,13 +166,3 @@ def keep_old_metrics(folder: Path) -> None:
             step = max((int(row["step"]) for row in csv.DictReader(file)), default=0)
         n_before = len(list(folder.glob("metrics-until-*.csv")))
         path.rename(folder / f"metrics-until-{step:08d}-{n_before}.csv")
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -15,9 +15,9 @@ VERBS = {
     "prepare": "check a downloaded MMEB, say what is missing and what gets it",
     "evaluate": "a model on MMEB, caption retrieval or STS, published rows beside it",
     "mteb": "a text model on BEIR and others, by mteb's runner (extra mteb)",
-    "compare": "the metrics of finished runs side by side",
     "batches": "write a plan's batches for another trainer: the pairs in batch order, or with a batch column",
     "audit": "look for wrong negatives, duplicates and useless batches in pairs, triplets or batches",
+    "compare": "finished runs side by side: metrics, intervals, settings, curves",
 }
 """Every verb and what it does, in one line of the help."""
 

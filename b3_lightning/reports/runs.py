@@ -1,0 +1,195 @@
+"""Runs to be compared, wherever they are: a run's folder, an offline W&B file, or a project on a W&B server."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import safe_open
+from torch import Tensor
+
+from b3_lightning.reports.offline import is_number, read_offline_run
+
+log = logging.getLogger(__name__)
+
+WANDB = "wandb:"
+_RUNTIME = "_runtime"
+AXES = {"step": "optimiser steps", "train/rows_seen": "rows seen", "train/seconds": "seconds"}
+"""What a metric can be drawn against, and in words."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Of the best validation: ``rank_N`` from 0 of the rows ``row_N``, and which pairs these are rows of."""
+
+    row_N: Tensor
+    rank_N: Tensor
+    pairs: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's flat settings and what it logged, one dict of numbers a call, ``step`` among them."""
+
+    name: str
+    source: str
+    config: dict[str, Any]
+    rows: list[dict[str, float]]
+    ranks: Ranks | None = None
+    url: str | None = None
+
+    def best(self, metric: str) -> dict[str, float]:
+        """The row with the highest value of a metric, the lowest of a loss.
+
+        Raises:
+            ValueError: where it was never logged.
+        """
+        there = [row for row in self.rows if metric in row]
+        if not there:
+            raise ValueError(f"{self.source} holds no {metric}; runs need data.val_pairs to be compared by it")
+        sign = -1 if metric.endswith("loss") else 1
+        return max(there, key=lambda row: sign * row[metric])
+
+    def points(self, metric: str, axis: str) -> list[tuple[float, float]]:
+        """(x, value) of every row that holds both, by x."""
+        return sorted((row[axis], row[metric]) for row in self.rows if metric in row and axis in row)
+
+
+def load_runs(given: Sequence[str]) -> list[Run]:
+    """Read every run named; equal names are told apart by their folders.
+
+    Args:
+        given: folders of runs; ``.wandb`` files or their ``offline-run-*`` folders; ``wandb:entity/project`` for all
+            runs of a project, ``wandb:entity/project/ID`` for one.
+
+    Raises:
+        FileNotFoundError: where there is none of these.
+        ValueError: where a file is damaged, or the W&B server refuses.
+    """
+    runs = [run for one in given for run in _load(one)]
+    return [replace(_with_costs(run), name=name) for run, name in zip(runs, _distinct(runs), strict=True)]
+
+
+def _load(given: str) -> Iterator[Run]:
+    if given.startswith(WANDB):
+        yield from _from_server(given)
+        return
+    path = Path(given)
+    if path.is_dir() and (path / "metrics.csv").is_file():
+        yield read_csv_run(path)
+        return
+    if path.suffix == ".wandb" and path.is_file():
+        files = [path]
+    else:
+        # a run that was resumed has one folder a start; their names begin with the time
+        files = sorted([*path.glob("*.wandb"), *path.glob("wandb/*run-*/*.wandb")])
+    if not files:
+        raise FileNotFoundError(f"{given} holds neither metrics.csv nor a .wandb file; name the folder of a run")
+    parts = [read_offline_run(file) for file in files]
+    rows = [_numbers(row) for part in parts for row in part.history]
+    yield Run(parts[-1].name, given, flat(parts[-1].config), rows, read_ranks(path))
+
+
+def read_csv_run(folder: Path) -> Run:
+    rows = []
+    for part in [*sorted(folder.glob("metrics-until-*.csv")), folder / "metrics.csv"]:
+        with part.open(encoding="utf-8", newline="") as file:
+            rows += [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    rows = [{key: value for key, value in row.items() if is_number(value)} for row in rows]
+    path = folder / "config.yaml"
+    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return Run(folder.resolve().name, str(folder), flat(config), rows, read_ranks(folder))
+
+
+def _from_server(given: str) -> Iterator[Run]:
+    import wandb
+
+    parts = given.removeprefix(WANDB).strip("/").split("/")
+    if len(parts) not in (2, 3) or not all(parts):
+        raise ValueError(f"{given} should be {WANDB}ENTITY/PROJECT or {WANDB}ENTITY/PROJECT/RUN_ID")
+    try:
+        api = wandb.Api()
+        found = [api.run("/".join(parts))] if len(parts) == 3 else list(api.runs("/".join(parts)))
+        for run in found:
+            rows = [_numbers(row) for row in run.scan_history()]
+            yield Run(run.name or run.id, run.url, flat(dict(run.config)), rows, None, run.url)
+    except (wandb.errors.Error, wandb.errors.CommError) as error:
+        raise ValueError(
+            f"W&B does not give {given}: {error}. Log in with 'wandb login', and check the name"
+        ) from error
+    if not found:
+        raise ValueError(f"{given} holds no runs")
+
+
+def read_ranks(folder: Path) -> Ranks | None:
+    """What ``fit`` kept of its best validation, query by query."""
+    path = folder / "val_ranks.safetensors"
+    if not path.is_file():
+        return None
+    with safe_open(path, "pt") as file:
+        return Ranks(file.get_tensor("row"), file.get_tensor("rank"), file.metadata()["pairs"])
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    """A row of W&B under the names that metrics.csv has; pictures, tables and W&B's own keys left out."""
+    kept = {key: value for key, value in row.items() if key == _RUNTIME or not key.startswith("_")}
+    numbers = {key: float(value) for key, value in kept.items() if is_number(value)}
+    if "trainer/global_step" in numbers:
+        numbers["step"] = numbers.pop("trainer/global_step")
+    return numbers
+
+
+def _with_costs(run: Run) -> Run:
+    """Runs of before seconds and rows were logged: seconds from W&B's clock, rows from steps and batch size."""
+    own_clock = any("train/seconds" in row for row in run.rows)
+    rows = [dict(row) for row in run.rows]
+    for row in rows:
+        runtime = row.pop(_RUNTIME, None)
+        if runtime is not None and not own_clock:
+            row["train/seconds"] = runtime
+    run = replace(run, rows=rows)
+    if any("train/rows_seen" in row for row in run.rows):
+        return run
+    size, added_up = run.config.get("data.batch_size"), run.config.get("trainer.accumulate_grad_batches") or 1
+    if not is_number(size):
+        log.warning("%s holds neither train/rows_seen nor data.batch_size: it has no curve against rows", run.source)
+        return run
+    log.info("%s: rows seen are steps x %d x %d", run.source, size, added_up)
+    per_step = float(size) * float(added_up)
+    return replace(run, rows=[{**row, "train/rows_seen": row["step"] * per_step} if "step" in row else row
+                              for row in run.rows])  # fmt: skip
+
+
+def _distinct(runs: Sequence[Run]) -> list[str]:
+    """Names, with as much of the folders before them as tells them apart, and else a number."""
+    names = [run.name for run in runs]
+    for n_parts in (2, 3):
+        double = {name for name in names if names.count(name) > 1}
+        names = [
+            "/".join(Path(run.source).parts[-n_parts:]) if name in double and run.url is None else name
+            for run, name in zip(runs, names, strict=True)
+        ]
+    seen: dict[str, int] = {}
+    numbered = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        numbered.append(f"{name} ({seen[name]})" if seen[name] > 1 else name)
+    return numbered
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names; W&B's own are left out."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if key == "_wandb":
+            continue
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
