@@ -15,8 +15,8 @@ from b3_lightning.data.collate import PairCollator, PairDataset
 from b3_lightning.data.images import ImageCheck
 from b3_lightning.data.miner import MiningRequest, NewPlan, PairMiner
 from b3_lightning.data.mixture import Sources, choose, mining_of, place
-from b3_lightning.data.pairs import Modality, PairTable
-from b3_lightning.data.sampler import EpochBatches, EpochLoader
+from b3_lightning.data.pairs import Modality, PairTable, count_negatives
+from b3_lightning.data.sampler import EpochBatches, EpochLoader, count_steps
 from b3_lightning.data.splits import Split
 from b3_lightning.data.teacher import VECTOR_SUFFIXES, check_vectors
 from b3_lightning.mining import BatchPlan, MinedPlan, MiningSettings, Processes, random_clusters
@@ -127,24 +127,11 @@ class PairsDataModule(L.LightningDataModule):
             self.mining.check_fits(len(pairs))
             self.mining.check_tasks(tuple(pairs.task_weights))
         BatchPlan(**self._random_plan(), mined_frac=self.mined_frac)
-        self._count_negatives(pairs)
+        count_negatives(pairs, self.n_file_negatives)
         if self.plan_folder is not None:
             MinedPlan.load(self.plan_folder).check_rows(len(pairs))
         elif self.batches == "b3" and self.teacher.endswith(VECTOR_SUFFIXES):
             check_vectors(self.teacher, len(pairs))
-
-    def _count_negatives(self, pairs: PairTable) -> None:
-        counts, wanted = [len(items) for items in pairs.negatives], self.n_file_negatives
-        if wanted < 0:
-            raise ValueError(f"data.n_file_negatives={wanted} must not be negative")
-        unused = sum(max(0, count - wanted) for count in counts)
-        lacking = sum(max(0, wanted - count) for count in counts)
-        if wanted and not any(counts):
-            raise ValueError(
-                f"data.n_file_negatives={wanted}, but the pairs hold none (column neg_text, neg_image_path)"
-            )
-        if unused or lacking:
-            log.info("data.n_file_negatives=%d: %d of the pairs files' unused, %d lacking", wanted, unused, lacking)
 
     def pairs(self, split: str) -> PairTable:
         """The rows of a loaded split."""
@@ -203,15 +190,7 @@ class PairsDataModule(L.LightningDataModule):
 
     def total_steps(self) -> int:
         """Optimiser steps of the whole run, without touching a loader."""
-        trainer = self._trainer()
-        plan = BatchPlan(**self._random_plan())
-        per_epoch = trainer.limit_train_batches
-        counts = (plan.n_batches(epoch) for epoch in range(max(0, trainer.max_epochs or 0)))
-        limited = (min(n, per_epoch) if isinstance(per_epoch, int) else int(n * per_epoch) for n in counts)
-        steps = sum(-(-n // trainer.accumulate_grad_batches) for n in limited)
-        if trainer.max_steps > 0:
-            return min(steps, trainer.max_steps) if steps else trainer.max_steps
-        return max(1, steps)
+        return count_steps(BatchPlan(**self._random_plan()), self._trainer())
 
     def train_dataloader(self) -> EpochLoader:
         trainer = self._trainer()

@@ -326,3 +326,20 @@ def _read_dataset_folder(path: Path, split: str) -> pa.Table:
             raise ValueError(f"{path} has no split {split!r}; it has {list(loaded)}")
         loaded = loaded[split]
     return loaded.with_format("arrow")[:]
+
+
+def count_negatives(pairs: PairTable, wanted: int) -> None:
+    """Log how many of the rows' own hard negatives are unused, and how many are lacking, where ``wanted`` are trained on.
+
+    Raises:
+        ValueError: where ``wanted`` is negative, or above 0 and the pairs hold none.
+    """
+    counts = [len(items) for items in pairs.negatives]
+    if wanted < 0:
+        raise ValueError(f"data.n_file_negatives={wanted} must not be negative")
+    if wanted and not any(counts):
+        raise ValueError(f"data.n_file_negatives={wanted}, but the pairs hold none (column neg_text, neg_image_path)")
+    unused = sum(max(0, count - wanted) for count in counts)
+    lacking = sum(max(0, wanted - count) for count in counts)
+    if unused or lacking:
+        log.info("data.n_file_negatives=%d: %d of the pairs files' unused, %d lacking", wanted, unused, lacking)

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from b3_lightning.mining import BatchPlan
+
 
 class EpochBatches:
     """A batch sampler over one epoch's plan: this rank's share of every global batch, in the plan's order.
@@ -54,3 +56,14 @@ class EpochLoader(DataLoader[int]):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self._batches.first_batch = state_dict["n_trained"]
+
+
+def count_steps(plan: BatchPlan, trainer: Any) -> int:
+    """Optimiser steps of a whole run on such batches, without touching a loader."""
+    per_epoch = trainer.limit_train_batches
+    counts = (plan.n_batches(epoch) for epoch in range(max(0, trainer.max_epochs or 0)))
+    limited = (min(n, per_epoch) if isinstance(per_epoch, int) else int(n * per_epoch) for n in counts)
+    steps = sum(-(-n // trainer.accumulate_grad_batches) for n in limited)
+    if trainer.max_steps > 0:
+        return min(steps, trainer.max_steps) if steps else int(trainer.max_steps)
+    return max(1, steps)
