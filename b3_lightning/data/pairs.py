@@ -329,7 +329,7 @@ def _read_dataset_folder(path: Path, split: str) -> pa.Table:
 
 
 def count_negatives(pairs: PairTable, wanted: int) -> None:
-    """Log how many of the rows' own hard negatives are unused, and how many are lacking, where ``wanted`` are trained on.
+    """Log how many of the rows' own hard negatives are unused and how many are lacking, ``wanted`` being trained on.
 
     Raises:
         ValueError: where ``wanted`` is negative, or above 0 and the pairs hold none.

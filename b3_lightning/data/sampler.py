@@ -66,4 +66,4 @@ def count_steps(plan: BatchPlan, trainer: Any) -> int:
     steps = sum(-(-n // trainer.accumulate_grad_batches) for n in limited)
     if trainer.max_steps > 0:
         return min(steps, trainer.max_steps) if steps else int(trainer.max_steps)
-    return max(1, steps)
+    return max(1, int(steps))
