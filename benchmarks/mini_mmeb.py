@@ -1,6 +1,6 @@
 """B3 against random batches on a larger miniature MMEB, with a small Qwen2-VL trained from scratch; several seeds.
 
-    python benchmarks/mini_mmeb.py --output runs/mini_mmeb [--rows 1500] [--steps 800] [--seeds 0 1 2] [--together 2]
+    python benchmarks/mini_mmeb.py --output runs/mini_mmeb [--rows 1000] [--steps 700] [--seeds 0 1 2] [--together 2]
 
 Pictures, texts and tasks are those of tests/mini_mmeb.py, the config is configs/b3_2b.yaml with a smaller model, batch
 and window. As in the paper, the teacher is a model of the same size trained on random batches (of a seed of its own).
@@ -29,7 +29,12 @@ from transformers import Qwen2VLModel  # noqa: E402
 from b3_lightning.data.pairs import PairSource, load_pairs  # noqa: E402
 
 SHOWN = ("retrieval", "classification", "vqa", "grounding", "IND", "OOD", "all")
-ARMS = {"random": "random", "mined": None}
+ARMS = {
+    "random": (f"--config={ROOT / 'configs' / 'ablations' / 'random.yaml'}",),
+    "mined": (),
+    "random-then-mined": ("--data.mined_frac={0: 0.0, 1: 1.0}",),
+}
+"""What differs; in the last, batches are random for one epoch first."""
 
 
 def write_data(folder: Path, given: argparse.Namespace) -> None:
@@ -51,12 +56,11 @@ def write_data(folder: Path, given: argparse.Namespace) -> None:
     model.save_pretrained(path)
 
 
-def fit(folder: Path, given: argparse.Namespace, name: str, overlay: str | None, seed: int, teacher: Path) -> None:
+def fit(folder: Path, given: argparse.Namespace, name: str, arm: str, seed: int, teacher: Path) -> None:
     """One training run."""
     low = json.dumps({task: {"first_rank": given.first_rank} for task in tasks("vqa")})
-    overlays = [f"--config={ROOT / 'configs' / 'ablations' / f'{overlay}.yaml'}"] if overlay else []
     _run(
-        folder / name / "export", "fit", f"--config={ROOT / 'configs' / 'b3_2b.yaml'}", *overlays,
+        folder / name / "export", "fit", f"--config={ROOT / 'configs' / 'b3_2b.yaml'}", *ARMS[arm],
         f"--run.dir={folder / name}", "--run.wandb=disabled", "--run.checkpoint_every_n_steps=null",
         f"--seed_everything={seed}", f"--data.seed={seed}", f"--data.pairs_root={folder / 'MMEB-train'}",
         f"--data.image_root={folder / 'MMEB-train'}", f"--data.tasks={json.dumps(TRAINED)}",
@@ -98,24 +102,25 @@ def main() -> None:
     """Run what is missing, print everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    for name, default in (("rows", 1500), ("steps", 800), ("batch-size", 64), ("cluster-size", 8)):
+    for name, default in (("rows", 1000), ("steps", 700), ("batch-size", 32), ("cluster-size", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--first-rank", type=int, default=10)
     parser.add_argument("--n-ranks", type=int, default=60)
     parser.add_argument("--temperature", type=float, default=0.05)
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--pooling", default="mean")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--together", type=int, default=2, help="runs at a time")
     given = parser.parse_args()
     folder = given.output.resolve()
     if not (folder / "model").is_dir():
         write_data(folder, given)
     fit(folder, given, "teacher", "random", 99, folder / "model")
-    runs = {(arm, seed): f"{arm}-{seed}" for seed in given.seeds for arm in ARMS}
+    runs = {(arm, seed): f"{arm}-{seed}" for seed in given.seeds for arm in given.arms}
     with ThreadPoolExecutor(given.together) as pool:
         trained = [
-            pool.submit(fit, folder, given, name, ARMS[arm], seed, folder / "teacher" / "export")
+            pool.submit(fit, folder, given, name, arm, seed, folder / "teacher" / "export")
             for (arm, seed), name in runs.items()
         ]
         for run in trained:
@@ -126,7 +131,7 @@ def main() -> None:
     print("| teacher (random) | 99 | " + " | ".join(f"{teacher[group]:.1f}" for group in SHOWN) + " |")
     for (arm, seed), values in found.items():
         print(f"| {arm} | {seed} | " + " | ".join(f"{values[group]:.1f}" for group in SHOWN) + " |")
-    for arm in ARMS:
+    for arm in given.arms:
         columns = [[found[arm, seed][group] for seed in given.seeds] for group in SHOWN]
         spread = [f"{mean(c):.1f} ± {stdev(c) if len(c) > 1 else 0:.1f}" for c in columns]
         print(f"| **{arm}** | mean ± s.d. | " + " | ".join(spread) + " |")

@@ -138,7 +138,7 @@ def _qwen(
     **vocabulary: Any,
 ) -> str:
     torch.manual_seed(0)
-    ends = {"pad_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    ends: dict[str, Any] = {"pad_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
     tokenizer = _tokenizer("<|im_start|>", "<|im_end|>", *VISION, **vocabulary, **ends)
     ids = {name.strip("<|>"): tokenizer.convert_tokens_to_ids(name) for name in VISION}
     text = {**TEXT, "vocab_size": len(tokenizer), "rope_parameters": ROPE}
@@ -189,13 +189,13 @@ def qwen3_vl(folder: Path) -> str:
 def internvl(folder: Path) -> str:
     """An InternVL of 32 dimensions on pictures of 28 x 28 and their crops: 1 token of text for every 2 x 2 patches."""
     torch.manual_seed(0)
-    named = {
+    named: dict[str, Any] = {
         "start_image_token": "<img>",
         "end_image_token": "</img>",
         "context_image_token": "<IMG_CONTEXT>",
         "video_token": "<video>",
     }
-    ends = {"pad_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    ends: dict[str, Any] = {"pad_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
     tokenizer = _tokenizer("<|im_start|>", "<|im_end|>", *named.values(), **ends)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer, extra_special_tokens=named, model_max_length=512, **ends
