@@ -328,7 +328,7 @@ def test_two_processes_find_what_one_does(
     for name, value in {**shared, "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     main([*given, str(tmp_path / "two")])
-    said, log = process.communicate(timeout=60)
+    said, log = process.communicate(timeout=200)
     assert (process.returncode, said) == (0, ""), log
     one, two = (Results.load(tmp_path / name) for name in ("one", "two"))
     assert one.sets == two.sets
