@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,7 @@ def test_evaluate_finds_what_sentence_transformers_and_a_plain_scorer_do(
     load = LoadSettings(pooling="lasttoken", min_pixels=784, max_pixels=784)
     model: SentenceTransformer = load_embedder(models["qwen2_vl"], load, None)
 
+    @cache
     def vector(text: str, image: str) -> Any:
         text = text.replace("<|image_1|>", "").strip()
         picture = Image.open(data / "images" / image).convert("RGB") if image else None
@@ -328,7 +330,7 @@ def test_two_processes_find_what_one_does(
     for name, value in {**shared, "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     main([*given, str(tmp_path / "two")])
-    said, log = process.communicate(timeout=60)
+    said, log = process.communicate(timeout=200)
     assert (process.returncode, said) == (0, ""), log
     one, two = (Results.load(tmp_path / name) for name in ("one", "two"))
     assert one.sets == two.sets

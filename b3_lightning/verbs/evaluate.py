@@ -73,6 +73,7 @@ def _add_encoding(group: Any) -> None:
     group.add_argument("--max-seq-length", type=int, help="tokens a text is cut to (default: the model's own)")
     group.add_argument("--min-pixels", type=int, help="of an image, for Qwen2-VL and its kin; with --max-pixels")
     group.add_argument("--max-pixels", type=int)
+    group.add_argument("--chat-template", metavar="JINJA", help="instead of the model's own; an export keeps its own")
     group.add_argument(
         "--fuse", action="store_true",
         help="for a model that takes image or text but not both (CLIP): add their unit vectors",
@@ -102,7 +103,9 @@ def _evaluate(given: argparse.Namespace, output: Path, processes: Processes) -> 
         given.image_check,
     )
     names = suite.choose(reading, given.tasks)
-    load = LoadSettings(given.pooling, given.max_seq_length, given.min_pixels, given.max_pixels, given.dtype)
+    load = LoadSettings(
+        given.pooling, given.max_seq_length, given.min_pixels, given.max_pixels, given.dtype, given.chat_template
+    )
     model = EvalModel.load(given.model, load, device_of(given.device), fuse=given.fuse)
     shown = processes.rank == 0 and sys.stdout.isatty()
     with Stages(output, processes).locked(), StageProgress(enabled=shown) as progress:
@@ -115,7 +118,7 @@ def _evaluate(given: argparse.Namespace, output: Path, processes: Processes) -> 
         "target_prompt": given.target_prompt,
         "batch_size": given.batch_size,
         "dtype": given.dtype or "float32",
-        "fuse": model.fuse,
+        "fuse": given.fuse,
         "n_items": sum(result.n_items for result in sets),
     }
     return Results(suite, given.model, settings, sets)
