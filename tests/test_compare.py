@@ -197,6 +197,9 @@ class FakeApi:
             )
             for name, size in (("first", 16), ("second", 64))
         ]  # fmt: skip
+        crashed = SimpleNamespace(name="crashed", id="crashed", config={}, url="https://wandb.example/me/shop/runs/x",
+                                  scan_history=lambda: iter([]))  # fmt: skip
+        self.found.append(crashed)
 
     def runs(self, path: str) -> list[Any]:
         assert path == "me/shop"
@@ -208,12 +211,13 @@ class FakeApi:
 
 def test_runs_of_a_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     monkeypatch.setattr("wandb.Api", FakeApi)
-    one, other = load_runs(["wandb:me/shop"])
+    one, other, _ = load_runs(["wandb:me/shop"])
     assert one.rows[0] == {"step": 10, "val/mrr": 0.5, "train/seconds": 4.0, "train/rows_seen": 160}
     assert other.rows[1]["train/rows_seen"] == 20 * 64
     assert [run.name for run in load_runs(["wandb:me/shop/second"])] == ["second"]
     main(["compare", "wandb:me/shop", "--output", str(tmp_path / "page.html")])
     said = capsys.readouterr().out
+    assert "left out, 1 of 3 runs hold no val/mrr: crashed" in said
     assert "W&B workspace: https://wandb.example/me/shop/workspace" in said
     assert "data.batch_size" in said
     assert 'href="https://wandb.example/me/shop/workspace"' in (tmp_path / "page.html").read_text()

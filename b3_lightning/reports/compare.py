@@ -105,8 +105,8 @@ def compare_runs(given: Sequence[str], *, metric: str = "val/mrr", output: str |
     """
     if output is not None and not output.endswith(".html"):
         raise ValueError(f"--output {output} must end in .html: it is one page with curves and tables")
-    compared = Comparison.of(load_runs(given), metric)
     console = Console()
+    compared = Comparison.of(_with_metric(load_runs(given), metric, console), metric)
     names = [run.name for run in compared.runs]
     title = f"validation at the step of the best {metric}"
     console.print(_table(title, "", names, compared.figures()))
@@ -120,6 +120,19 @@ def compare_runs(given: Sequence[str], *, metric: str = "val/mrr", output: str |
         console.print(f"curves: {output}", highlight=False, soft_wrap=True)
     for url in compared.workspaces():
         console.print(f"W&B workspace: {url}", highlight=False, soft_wrap=True)
+
+
+def _with_metric(runs: Sequence[Run], metric: str, console: Console) -> list[Run]:
+    """Leave out those of a server's project that never logged the metric, and say so: nobody named them one by one."""
+    kept = [run for run in runs if not run.url or any(metric in row for row in run.rows)]
+    names = [run.name for run in runs if not any(run is other for other in kept)]
+    if not kept:
+        return list(runs)
+    if names:
+        console.print(
+            f"left out, {len(names)} of {len(runs)} runs hold no {metric}: {', '.join(names)}", highlight=False
+        )
+    return kept
 
 
 def _table(title: str, corner: str, names: Sequence[str], rows: dict[str, list[str]]) -> Table:
