@@ -164,7 +164,7 @@ def test_a_loss_is_best_where_it_is_lowest_and_many_runs_stand_below_each_other(
     main(["compare", *runs, "--metric=val/loss"])
     said = capsys.readouterr().out
     assert sum("run-" in line and "1.5000" in line for line in said.splitlines()) == 8
-    assert "no interval for run-7: run-0 and run-7 keep no val_ranks.safetensors" in said
+    assert "no interval for run-7: no val_ranks.safetensors of run-0 and run-7" in said
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def significance(first: Run, other: Run) -> Significance:
     """``other - first`` over the same validation queries, by a paired bootstrap (95%)."""
     lacking = [run.name for run in (first, other) if run.ranks is None]
     if lacking or first.ranks is None or other.ranks is None:
-        return Significance(other.name, {}, 0, f"{' and '.join(lacking)} keep no val_ranks.safetensors")
+        return Significance(other.name, {}, 0, f"no val_ranks.safetensors of {' and '.join(lacking)}")
     if first.ranks.pairs != other.ranks.pairs or not torch.equal(first.ranks.row_N, other.ranks.row_N):
         return Significance(other.name, {}, 0, f"{first.name} and {other.name} were validated on different pairs")
     ours, theirs = query_metrics(other.ranks.rank_N), query_metrics(first.ranks.rank_N)
@@ -111,7 +111,9 @@ def compare_runs(given: Sequence[str], *, metric: str = "val/mrr", output: str |
     title = f"validation at the step of the best {metric}"
     console.print(_table(title, "", names, compared.figures()))
     _print_significance(compared, console)
-    if len(names) > 1:
+    if len(names) > 1 and not compared.differing:
+        console.print("no setting differs")
+    elif len(names) > 1:
         console.print(_table("settings that differ", "setting", names, compared.differing))
     if output is not None:
         from b3_lightning.reports.compare_page import write_compare_page
