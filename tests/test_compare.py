@@ -164,7 +164,7 @@ def test_a_loss_is_best_where_it_is_lowest_and_many_runs_stand_below_each_other(
     main(["compare", *runs, "--metric=val/loss"])
     said = capsys.readouterr().out
     assert sum("run-" in line and "1.5000" in line for line in said.splitlines()) == 8
-    assert "no interval for run-7: run-0 and run-7 keep no val_ranks.safetensors" in said
+    assert "no interval for run-7: no val_ranks.safetensors of run-0 and run-7" in said
 
 
 @pytest.mark.parametrize(
@@ -197,6 +197,9 @@ class FakeApi:
             )
             for name, size in (("first", 16), ("second", 64))
         ]  # fmt: skip
+        crashed = SimpleNamespace(name="crashed", id="crashed", config={}, url="https://wandb.example/me/shop/runs/x",
+                                  scan_history=lambda: iter([]))  # fmt: skip
+        self.found.append(crashed)
 
     def runs(self, path: str) -> list[Any]:
         assert path == "me/shop"
@@ -208,12 +211,13 @@ class FakeApi:
 
 def test_runs_of_a_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     monkeypatch.setattr("wandb.Api", FakeApi)
-    one, other = load_runs(["wandb:me/shop"])
+    one, other, _ = load_runs(["wandb:me/shop"])
     assert one.rows[0] == {"step": 10, "val/mrr": 0.5, "train/seconds": 4.0, "train/rows_seen": 160}
     assert other.rows[1]["train/rows_seen"] == 20 * 64
     assert [run.name for run in load_runs(["wandb:me/shop/second"])] == ["second"]
     main(["compare", "wandb:me/shop", "--output", str(tmp_path / "page.html")])
     said = capsys.readouterr().out
+    assert "left out, 1 of 3 runs hold no val/mrr: crashed" in said
     assert "W&B workspace: https://wandb.example/me/shop/workspace" in said
     assert "data.batch_size" in said
     assert 'href="https://wandb.example/me/shop/workspace"' in (tmp_path / "page.html").read_text()

@@ -73,7 +73,7 @@ def significance(first: Run, other: Run) -> Significance:
     """``other - first`` over the same validation queries, by a paired bootstrap (95%)."""
     lacking = [run.name for run in (first, other) if run.ranks is None]
     if lacking or first.ranks is None or other.ranks is None:
-        return Significance(other.name, {}, 0, f"{' and '.join(lacking)} keep no val_ranks.safetensors")
+        return Significance(other.name, {}, 0, f"no val_ranks.safetensors of {' and '.join(lacking)}")
     if first.ranks.pairs != other.ranks.pairs or not torch.equal(first.ranks.row_N, other.ranks.row_N):
         return Significance(other.name, {}, 0, f"{first.name} and {other.name} were validated on different pairs")
     ours, theirs = query_metrics(other.ranks.rank_N), query_metrics(first.ranks.rank_N)
@@ -105,13 +105,15 @@ def compare_runs(given: Sequence[str], *, metric: str = "val/mrr", output: str |
     """
     if output is not None and not output.endswith(".html"):
         raise ValueError(f"--output {output} must end in .html: it is one page with curves and tables")
-    compared = Comparison.of(load_runs(given), metric)
     console = Console()
+    compared = Comparison.of(_with_metric(load_runs(given), metric, console), metric)
     names = [run.name for run in compared.runs]
     title = f"validation at the step of the best {metric}"
     console.print(_table(title, "", names, compared.figures()))
     _print_significance(compared, console)
-    if len(names) > 1:
+    if len(names) > 1 and not compared.differing:
+        console.print("no setting differs")
+    elif len(names) > 1:
         console.print(_table("settings that differ", "setting", names, compared.differing))
     if output is not None:
         from b3_lightning.reports.compare_page import write_compare_page
@@ -120,6 +122,19 @@ def compare_runs(given: Sequence[str], *, metric: str = "val/mrr", output: str |
         console.print(f"curves: {output}", highlight=False, soft_wrap=True)
     for url in compared.workspaces():
         console.print(f"W&B workspace: {url}", highlight=False, soft_wrap=True)
+
+
+def _with_metric(runs: Sequence[Run], metric: str, console: Console) -> list[Run]:
+    """Leave out those of a server's project that never logged the metric, and say so: nobody named them one by one."""
+    kept = [run for run in runs if not run.url or any(metric in row for row in run.rows)]
+    names = [run.name for run in runs if not any(run is other for other in kept)]
+    if not kept:
+        return list(runs)
+    if names:
+        console.print(
+            f"left out, {len(names)} of {len(runs)} runs hold no {metric}: {', '.join(names)}", highlight=False
+        )
+    return kept
 
 
 def _table(title: str, corner: str, names: Sequence[str], rows: dict[str, list[str]]) -> Table:
