@@ -27,6 +27,7 @@ LAYERS = (
     "reports",
     "callbacks",
     "verbs",
+    "mistakes",
     "cli",
     "__main__",
 )
