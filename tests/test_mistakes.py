@@ -127,10 +127,11 @@ def test_a_plan_of_other_pairs_and_a_folder_in_use(told: Command, tmp_path: Path
     assert _holds(told("mine", "--output=plan"), "output=plan holds another plan; name a new folder")
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_going_on_in_the_wrong_folder_or_with_other_batches(told: Command) -> None:
     main(["fit", "--config=config.yaml", "--data.val_pairs=pairs.csv"])
     assert _holds(told("fit"), "run.dir=run holds another run; set --run.dir .*--ckpt_path=run/checkpoints/last.ckpt")
-    again = ["--ckpt_path=run/checkpoints/last.ckpt", "--trainer.max_epochs=2"]
+    again = ["--data.val_pairs=pairs.csv", "--ckpt_path=run/checkpoints/last.ckpt", "--trainer.max_epochs=2"]
     said = told("fit", *again, "--run.dir=elsewhere")
     assert _holds(said, "goes on with a plan that is not in elsewhere.*: set --run.dir to the run that it is of")
     assert _holds(told("fit", *again, "--data.batch_size=8"), "differs in batch_size .16 then, 8 now.")
