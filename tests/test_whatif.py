@@ -71,13 +71,14 @@ def test_figures_agree_with_a_plan_that_is_mined_and_measured() -> None:
 
 
 def test_what_the_plan_masks_is_left_out() -> None:
+    """Every other row is ranked and too similar, so every negative of a mined batch is masked."""
     query, target = _vectors(100)
     questions = Questions(batch_sizes=(20,), cluster_sizes=(4,), first_ranks=(0,))
-    strict = MiningSettings(first_rank=5, n_ranks=8, cluster_size=4, max_score=-0.999)
-    with_mask = what_if(query, target, settings=strict, questions=questions)[0].mined
-    assert min(figure.hardness for figure in with_mask) < min(figure.hardness for figure in what_if(
-        query, target, settings=MiningSettings(first_rank=5, n_ranks=8, cluster_size=4), questions=questions
-    )[0].mined)  # fmt: skip
+    settings = MiningSettings(first_rank=0, n_ranks=99, cluster_size=4, max_score=-1.1)
+    (answer,) = what_if(query, target, settings=settings, questions=questions)
+    assert [figure.hardness for figure in answer.mined] == pytest.approx([0.0], abs=1e-6)
+    assert [figure.suspected for figure in answer.mined] == [0.0]
+    assert answer.random[0].hardness > 0.1
 
 
 def test_large_tasks_are_sampled_and_small_ones_keep_their_rows() -> None:
