@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dis
 import logging
 import os
 import sys
@@ -17,6 +16,7 @@ import lightning as L
 import yaml
 from jsonargparse import DefaultHelpFormatter
 from jsonargparse._deprecated import JsonargparseDeprecationWarning
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
@@ -27,10 +27,11 @@ from b3_lightning.checkpoints import CheckedCheckpointIO, StepCheckpoint
 from b3_lightning.data import PairsDataModule
 from b3_lightning.mining import MinedPlan
 from b3_lightning.mining.whatif import Questions
+from b3_lightning.mistakes import Parser, check_command, check_devices, told
 from b3_lightning.model import ContrastiveModule
 from b3_lightning.reports.compare import keep_old_metrics
 from b3_lightning.reports.outcome import print_outcome
-from b3_lightning.reports.wandb_mode import WandbMode, is_offline
+from b3_lightning.reports.wandb_mode import WandbMode, has_wandb_key, is_offline
 from b3_lightning.reports.whatif import tell_what_if
 from b3_lightning.verbs import VERBS, run_verb
 
@@ -168,6 +169,7 @@ class B3CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         given = self._get(self.config_init, "trainer")
+        check_devices(given.get("accelerator"), given.get("devices"))
         kwargs.setdefault("default_root_dir", self.run.dir)
         kwargs["plugins"] = [*_listed(given.get("plugins")), CheckedCheckpointIO()]
         if given.get("logger") is None:
@@ -196,10 +198,18 @@ class B3CLI(LightningCLI):
         text: str = self._parser(self.subcommand).dump(config, skip_unset=True)
         return text
 
+    def _parse_ckpt_path(self) -> None:
+        """Not here: a checkpoint holds no settings, and is read by ``CheckedCheckpointIO`` alone."""
+
     def _loggers(self) -> list[Any]:
         if self.subcommand in ("mine", "plan", "predict"):
             return []
         run = self.run
+        if run.wandb == "online" and not has_wandb_key():
+            raise ValueError(
+                "run.wandb=online, but there is no key: `wandb login` or set WANDB_API_KEY; "
+                "--run.wandb=offline needs none"
+            )
         name = "" if self.subcommand == "fit" else str(self.subcommand)
         loggers: list[Any] = [CSVLogger(run.dir, name=name, version="")]
         if run.wandb != "disabled" and self.subcommand == "fit":
@@ -262,6 +272,8 @@ class B3CLI(LightningCLI):
     def _refuse_other_run(self) -> None:
         folder = Path(self.run.dir)
         resumed = self._get(self.config, "ckpt_path")
+        if resumed is not None and not Path(resumed).is_file():
+            raise FileNotFoundError(f"no checkpoint ckpt_path={resumed} (looked from {Path.cwd()})")
         if resumed is None and any((folder / name).exists() for name in ("metrics.csv", "checkpoints", "export")):
             raise ValueError(
                 f"run.dir={folder} holds another run; set --run.dir to a new folder, "
@@ -308,24 +320,16 @@ def main(args: list[str] | None = None) -> None:
     given = list(sys.argv[1:] if args is None else args)
     _show_log()
     try:
-        if given and given[0] in VERBS:
+        check_command(given, [*B3CLI.subcommands(), *VERBS])
+        if given[0] in VERBS:
             run_verb(given[0], given[1:])
         else:
             _run_lightning(args)
-    except (ValueError, OSError) as error:
-        if not _is_ours(error):
+    except (ValueError, OSError, RuntimeError, MisconfigurationException) as error:
+        message = told(error)
+        if message is None:
             raise
-        sys.exit(f"error: {error}")
-
-
-def _is_ours(error: Exception) -> bool:
-    """Does it come from a ``raise`` in this package? Then it tells of a mistake in settings or data, not of a bug."""
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    if place is None or not str(place.tb_frame.f_globals.get("__name__")).startswith("b3_lightning."):
-        return False
-    return dis.opname[place.tb_frame.f_code.co_code[place.tb_lasti]] == "RAISE_VARARGS"
+        sys.exit(f"error: {message}")
 
 
 def _run_lightning(args: list[str] | None) -> None:
@@ -340,6 +344,7 @@ def _run_lightning(args: list[str] | None) -> None:
             ContrastiveModule,
             PairsDataModule,
             trainer_class=B3Trainer,
+            parser_class=Parser,
             trainer_defaults={"reload_dataloaders_every_n_epochs": 1, "use_distributed_sampler": False},
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"save_to_log_dir": False},

@@ -32,6 +32,7 @@ LAYERS = (
     "reports",
     "callbacks",
     "verbs",
+    "mistakes",
     "cli",
     "__main__",
 )

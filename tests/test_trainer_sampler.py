@@ -172,4 +172,4 @@ def test_weights_and_pickling(caplog: pytest.LogCaptureFixture) -> None:
     sampler = _sampler(pickle.loads(pickle.dumps(factory)))
     assert len(sampler) == 36 // 16 + 68 // 16
     assert len(pickle.dumps(factory)) < 20 * N_ROWS * 8
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]

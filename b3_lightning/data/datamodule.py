@@ -368,6 +368,10 @@ class PairsDataModule(L.LightningDataModule):
             return
         self._in_use = state["plan"]
         folder = Path(self._trainer().default_root_dir) / "plans" / self._in_use["folder"]  # a folder given is absolute
+        if not (folder / "plan.json").is_file():
+            raise ValueError(
+                f"the checkpoint goes on with a plan that is not in {folder}: set --run.dir to the run that it is of"
+            )
         mined = MinedPlan.load(folder)
         if sha256(folder / "plan.json") != self._in_use["plan_sha256"]:
             raise ValueError(f"{folder} is not the plan that the checkpoint was trained on; restore it from a backup")

@@ -246,7 +246,7 @@ def _check_side(
     if not any(source.columns.get(name, name) in found for name in pair):
         raise ValueError(
             f"{source.path} has neither a column {text!r} nor {image!r} for the {side}; it has {found}. "
-            f"Map yours: columns: {{{text}: YOUR_COLUMN}}"
+            f"Map yours: {{path: {source.path}, columns: {{{text}: YOUR_COLUMN}}}} instead of the path alone"
         )
     empty = [row for row in range(len(read[text])) if not read[text][row].strip() and not read[image][row].strip()]
     if empty:

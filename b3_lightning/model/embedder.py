@@ -135,12 +135,19 @@ def load_embedder(path: str, load: LoadSettings, lora: LoraSettings | None) -> S
     # Qwen2-VL's processor calls the fewest and most pixels of an image its shortest and longest edge
     size = {"shortest_edge": load.min_pixels, "longest_edge": load.max_pixels}
     pixels = {"size": size} if load.min_pixels is not None else {}
-    if load.pooling is None:
-        model = SentenceTransformer(path, device="cpu", model_kwargs=model_kwargs, processor_kwargs=pixels)
-    else:
-        transformer = Transformer(path, model_kwargs=model_kwargs, processor_kwargs=pixels)
-        pooling = Pooling(transformer.get_embedding_dimension(), load.pooling)
-        model = SentenceTransformer(modules=[transformer, pooling], device="cpu")
+    try:
+        if load.pooling is None:
+            model = SentenceTransformer(path, device="cpu", model_kwargs=model_kwargs, processor_kwargs=pixels)
+        else:
+            transformer = Transformer(path, model_kwargs=model_kwargs, processor_kwargs=pixels)
+            pooling = Pooling(transformer.get_embedding_dimension(), load.pooling)
+            model = SentenceTransformer(modules=[transformer, pooling], device="cpu")
+    except OSError as error:
+        raise OSError(
+            f"no model {path!r}: no folder here (looked from {Path.cwd()}), and not found on the Hugging Face hub or "
+            "in its cache. Check name and network (HF_HUB_OFFLINE); a private model needs `hf auth login`. It said: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
     complete_adapter(model, path)
     if not isinstance(model[-1], Normalize):
         model.append(Normalize())

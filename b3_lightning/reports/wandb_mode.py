@@ -18,10 +18,10 @@ def is_offline(mode: WandbMode) -> bool:
         return mode == "offline"
     if os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
         return True
-    return not _has_wandb_key()
+    return not has_wandb_key()
 
 
-def _has_wandb_key() -> bool:
+def has_wandb_key() -> bool:
     """Did the user log in, by WANDB_API_KEY or ``wandb login`` (which writes ~/.netrc)?"""
     if os.environ.get("WANDB_API_KEY"):
         return True

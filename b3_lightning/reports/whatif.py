@@ -17,7 +17,7 @@ from rich.table import Table
 from b3_lightning.mining.store import write_atomic, write_text
 from b3_lightning.mining.whatif import Figure, TaskAnswer
 
-MOST_SUSPECTED = 0.3
+MOST_SUSPECTED = 0.2
 """A setting is not advised where more of the rows have a suspected false negative in their batch."""
 _GOALS = (256, 1024, 4096)
 _ASSUMED = (

@@ -1,0 +1,108 @@
+"""Mistakes as users meet them: what is said instead of a usage of 200 lines or a traceback."""
+
+from __future__ import annotations
+
+import difflib
+import dis
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser
+
+OUT_OF_MEMORY = (
+    "the GPU ran out of memory. Embed a batch in chunks, which keeps |B| as it is: --model.chunks.items=16 (smaller "
+    "chunks need less); for validation and mining lower data.eval_batch_size; model.load.gradient_checkpointing=true, "
+    "model.load.max_seq_length and --trainer.precision=bf16-mixed help too"
+)
+
+
+class Parser(LightningArgumentParser):
+    """Tells a wrong setting in a line or two, with the settings whose names come near."""
+
+    def add_lightning_class_args(self, lightning_class: Any, nested_key: str, *args: Any, **kwargs: Any) -> list[str]:
+        """Add a class's arguments; what those of the data name are files of pairs, which are not read as settings."""
+        if isinstance(lightning_class, type) and issubclass(lightning_class, L.LightningDataModule):
+            added: list[str] = self.add_class_arguments(lightning_class, nested_key, fail_untyped=False)
+            return added
+        return list(super().add_lightning_class_args(lightning_class, nested_key, *args, **kwargs))
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        parser = getattr(ex, "subcommand_parser", None) or self
+        known = [action.dest for action in parser._actions]
+        unknown = re.search(r"does not accept \w+ '([\w.]+)'|recognized arguments: --([\w.]+)", message)
+        if unknown:
+            name = unknown[1] or unknown[2]
+            message = f"there is no setting {name}{_nearest(name, known)}"
+        command = parser.prog.replace(" [options]", "")
+        sys.stderr.write(f"error: {message}\n{command} --help lists all\n")
+        sys.exit(2)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """The known names that come near: as a whole, or in their last part."""
+    known = [other for other in known if "." in other] or list(known)
+    last = {other: other.rpartition(".")[2] for other in known}
+    near = difflib.get_close_matches(name, known, n=2)
+    own = name.rpartition(".")[2]
+    near += [other for other in known if last[other] in difflib.get_close_matches(own, set(last.values()), n=1)]
+    listed = list(dict.fromkeys(near))[:3]
+    return f"; did you mean {' or '.join(listed)}?" if listed else ""
+
+
+def check_command(given: Sequence[str], commands: Sequence[str]) -> None:
+    """Refuse a command line that begins with an unknown command or none.
+
+    Raises:
+        ValueError: naming the commands.
+    """
+    listed = f"the commands are {', '.join(commands)}"
+    words = [word for word in given if not word.startswith("-")]
+    if not given:
+        raise ValueError(f"name a command: {listed}. Begin with: python -m b3_lightning --help")
+    if words and words[0] == given[0] and words[0] not in commands:
+        near = difflib.get_close_matches(words[0], commands, n=1)
+        raise ValueError(f"there is no command {words[0]!r}{f'; did you mean {near[0]}?' if near else ''} ({listed})")
+
+
+def check_devices(accelerator: Any, devices: Any) -> None:
+    """Refuse GPUs that are not there.
+
+    Raises:
+        ValueError: saying what torch sees.
+    """
+    if accelerator not in ("gpu", "cuda"):
+        return
+    n_seen = torch.cuda.device_count()
+    if n_seen == 0 and not torch.backends.mps.is_available():
+        raise ValueError(
+            f"trainer.accelerator={accelerator}, but torch {torch.__version__} sees no GPU: set "
+            "--trainer.accelerator=cpu or auto, or mend driver, CUDA_VISIBLE_DEVICES or the torch build (nvidia-smi)"
+        )
+    if isinstance(devices, int) and devices > n_seen > 0:
+        raise ValueError(f"trainer.devices={devices}, but torch sees {n_seen} GPUs: set --trainer.devices={n_seen}")
+
+
+def told(error: Exception) -> str | None:
+    """What to tell of an error in a line; None where it is a bug, whose traceback is wanted."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{OUT_OF_MEMORY} ({str(error).splitlines()[0]})"
+    if isinstance(error, MisconfigurationException) or _is_ours(error):
+        return str(error)
+    return None
+
+
+def _is_ours(error: Exception) -> bool:
+    """Does it come from a ``raise`` in this package? Then it tells of a mistake in settings or data, not of a bug."""
+    if not isinstance(error, ValueError | OSError):
+        return False
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None or not str(place.tb_frame.f_globals.get("__name__")).startswith("b3_lightning."):
+        return False
+    return dis.opname[place.tb_frame.f_code.co_code[place.tb_lasti]] == "RAISE_VARARGS"

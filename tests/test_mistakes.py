@@ -1,0 +1,154 @@
+"""The likeliest mistakes, each told in a line that says what was given, what is right and how to mend it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from b3_lightning.cli import main
+
+Command = Callable[..., str]
+
+
+@pytest.fixture
+def told(
+    tmp_path: Path, models: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Command:
+    """Run a command on a good config of 40 pairs, with one mistake; returns what it says on its way out."""
+    rows = "".join(f"question {row},answer {row}\n" for row in range(40))
+    (tmp_path / "pairs.csv").write_text("qry,pos_text\n" + rows)
+    (tmp_path / "other.csv").write_text("question,answer\n" + rows)
+    (tmp_path / "null.csv").write_text("qry,pos_text\n" + rows + "question,\n")
+    (tmp_path / "picture.csv").write_text("qry_image_path,pos_text\n" + "no.png,a\n" * 40)
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "bad.ckpt").write_text("no checkpoint")
+    vectors = np.random.default_rng(0).normal(size=(2, 40, 8))
+    np.save(tmp_path / "short.npy", vectors[:, :37])
+    np.save(tmp_path / "flat.npy", vectors[0])
+    vectors[0, 5] = np.nan
+    np.save(tmp_path / "nan.npy", vectors)
+    config = f"""
+run: {{dir: run, wandb: disabled}}
+trainer: {{accelerator: cpu, devices: 1, max_epochs: 1, enable_progress_bar: false}}
+model: {{embedder: "{models["bert"]}"}}
+data:
+  train_pairs: pairs.csv
+  teacher: "{models["bert"]}"
+  batch_size: 16
+  mining: {{first_rank: 1, n_ranks: 10, cluster_size: 4}}
+"""
+    (tmp_path / "config.yaml").write_text(config)
+    (tmp_path / "foreign.yaml").write_text(config.replace("batch_size", "hard_negatives: 5\n  batch_size"))
+    (tmp_path / "slip.yaml").write_text(config.replace("first_rank", "frist_rank"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+    def run(command: str, *settings: str, config: str = "config.yaml") -> str:
+        configured = [f"--config={config}"] if command in ("fit", "mine", "plan", "validate") else []
+        with pytest.raises(SystemExit) as stop:
+            main([command, *configured, *settings])
+        said = f"{stop.value.code}{capsys.readouterr().err}"
+        assert stop.value.code, "a mistake must not end well"
+        assert "Traceback" not in said
+        line = next((line for line in said.splitlines() if "error: " in line), "")
+        assert 20 < len(line) < 420, said
+        return said
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["--data.train_pairs=other.csv"],
+            "neither a column 'qry' .* it has .*'question'.*{path: other.csv, columns: {qry: YOUR_COLUMN}}",
+        ),
+        (["--data.train_pairs=absent.csv"], "no pairs file absent.csv .looked from"),
+        (["--data.train_pairs=empty.csv"], "empty.csv is empty"),
+        (["--data.train_pairs=null.csv"], "the target is null or empty in row.s. 40; mend or remove"),
+        (["--data.train_pairs=picture.csv"], "1 of 1 images under .* cannot be used:\n  no.png: missing .rows 0, 1"),
+        (["--trainer.accelerator=gpu"], "sees no GPU: set --trainer.accelerator=cpu or auto"),
+        (["--run.wandb=online"], "no key: `wandb login` or set WANDB_API_KEY; --run.wandb=offline needs none"),
+        (["--data.batch_size=18"], "batch_size=18 must be a multiple of cluster_size=4; nearest: 16"),
+        (["--data.batch_size=64"], "40 rows, fewer than batch_size=64.*lower data.batch_size"),
+        (["--data.mining.cluster_size=64", "--data.batch_size=64"], "40 rows are fewer than cluster_size=64"),
+        (["--data.mining.first_rank=35"], "40 rows are too few for the ranks up to first_rank=35.*lower first_rank"),
+        (["--data.batch_size=12", "--trainer.devices=5"], "batch_size=12 must be a multiple of the 5 processes"),
+        (["--data.teacher=short.npy"], "short.npy holds vectors of 37 rows, the pairs have 40"),
+        (["--data.teacher=flat.npy"], "has shape .40, 8.; .2, rows, dimensions. is needed"),
+        (["--data.teacher=nan.npy"], "query vectors hold NaN, infinity or only zeros in row.s. 5; embed these again"),
+        (["--data.teacher=absent.npy"], "absent.npy names a file of vectors that does not exist"),
+        (["--data.plan=absent"], "absent holds no mined plan .no plan.json.; make one with the 'mine' command"),
+        (["--model.embedder=nobody/absent"], "no model 'nobody/absent': no folder here .* Check name and network"),
+        (["--ckpt_path=absent.ckpt"], "no checkpoint ckpt_path=absent.ckpt .looked from"),
+        (["--ckpt_path=bad.ckpt"], "bad.ckpt is truncated or no checkpoint .*; resume from another one"),
+        (["--data.mining.cluster_size=abc"], "data.mining.cluster_size.*\n.*Got value: abc"),
+        (["--data.bach_size=8"], "no setting data.bach_size; did you mean data.batch_size"),
+    ],
+)
+def test_a_wrong_setting(settings: list[str], message: str, told: Command) -> None:
+    assert _holds(told("fit", *settings), message)
+
+
+def _holds(said: str, message: str) -> bool:
+    return re.search(message, said) is not None or pytest.fail(f"{message!r} is not in:\n{said}")
+
+
+def test_configs_that_are_absent_foreign_or_misspelt(told: Command) -> None:
+    assert _holds(told("fit", config="absent.yaml"), "File does not exist: .*absent.yaml")
+    assert _holds(
+        told("fit", config="foreign.yaml"), "no setting data.hard_negatives; did you mean data.n_file_negatives"
+    )
+    assert _holds(told("fit", config="slip.yaml"), "frist_rank; did you mean data.mining.first_rank")
+
+
+def test_unknown_commands_and_missing_arguments(told: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _holds(told("trian"), "no command 'trian'.*fit, ")
+    assert _holds(told("comapre"), "no command 'comapre'; did you mean compare?")
+    assert _holds(told("mine"), "required: mine.output")
+    assert _holds(told("validate"), "data.val_pairs is not set; give a pairs file")
+    with pytest.raises(SystemExit, match=r"name a command: the commands are fit, .*audit"):
+        main([])
+
+
+def test_a_plan_of_other_pairs_and_a_folder_in_use(told: Command, tmp_path: Path) -> None:
+    main(["mine", "--config=config.yaml", "--output=plan"])
+    (tmp_path / "more.csv").write_text((tmp_path / "pairs.csv").read_text() + "x,y\n")
+    said = told("fit", "--data.train_pairs=more.csv", "--data.plan=plan")
+    assert _holds(said, "the plan was mined from 40 rows, the training pairs have 41; mine again")
+    assert _holds(told("mine", "--output=plan"), "output=plan holds another plan; name a new folder")
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_going_on_in_the_wrong_folder_or_with_other_batches(told: Command) -> None:
+    main(["fit", "--config=config.yaml", "--data.val_pairs=pairs.csv"])
+    assert _holds(told("fit"), "run.dir=run holds another run; set --run.dir .*--ckpt_path=run/checkpoints/last.ckpt")
+    again = ["--data.val_pairs=pairs.csv", "--ckpt_path=run/checkpoints/last.ckpt", "--trainer.max_epochs=2"]
+    said = told("fit", *again, "--run.dir=elsewhere")
+    assert _holds(said, "goes on with a plan that is not in elsewhere.*: set --run.dir to the run that it is of")
+    assert _holds(told("fit", *again, "--data.batch_size=8"), "differs in batch_size .16 then, 8 now.")
+
+
+def test_running_out_of_memory_is_answered_with_what_helps(told: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr("b3_lightning.cli.B3CLI.before_fit", full)
+    assert _holds(told("fit"), r"ran out of memory.*--model.chunks.items=16.*Tried to allocate 2.00 GiB")
+
+
+def test_a_bug_keeps_its_traceback(told: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        [].index(3)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("b3_lightning.cli.B3CLI.before_fit", broken)
+    with pytest.raises(ValueError, match="not in list"):
+        main(["fit", "--config=config.yaml"])

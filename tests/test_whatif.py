@@ -1,0 +1,148 @@
+"""What mining will buy: hardness against a hand-written loss, shares of suspects, the random batch that is as hard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from b3_lightning import MiningSettings, mine
+from b3_lightning.cli import main
+from b3_lightning.mining.hardness import TEMPERATURE, mean_hardness
+from b3_lightning.mining.whatif import Figure, Questions, TaskAnswer, equal_random, what_if
+from b3_lightning.reports.whatif import advice
+from b3_lightning.types import Embeddings
+
+SETTINGS = MiningSettings(first_rank=1, n_ranks=8, cluster_size=4)
+
+
+def _vectors(n_rows: int) -> Any:
+    """Ten topics, so that clusters exist; the positive is near its query."""
+    generator = np.random.default_rng(0)
+    topic = generator.normal(size=(10, 16))[np.arange(n_rows) % 10]
+    query = topic + 0.7 * generator.normal(size=(n_rows, 16))
+    return query, query + 0.3 * generator.normal(size=(n_rows, 16))
+
+
+def test_hardness_of_all_rows_at_once_is_the_loss_by_hand() -> None:
+    """Rows 0 and 1 have one target; 3's target lies where 2's does, so it is suspected."""
+    query = torch.eye(8)[[0, 1, 2, 3, 4, 5]] + 0.1 * torch.eye(8)[[7, 7, 7, 7, 7, 7]]
+    target = query.clone()
+    target[1] = target[0]
+    target[3] = target[2]
+    questions = Questions(batch_sizes=(6,), cluster_sizes=(2,), first_ranks=(0,))
+    settings = MiningSettings(first_rank=0, n_ranks=1, cluster_size=2)
+    (answer,) = what_if(query, target, settings=settings, questions=questions, target_keys=[0, 0, 2, 3, 4, 5])
+    unit = Embeddings.from_arrays(query, target)
+    score = (unit.query_ND @ unit.target_ND.T / TEMPERATURE).double()
+    same = torch.zeros(6, 6, dtype=torch.bool)
+    same[0, 1] = same[1, 0] = True
+    suspect = torch.zeros(6, 6, dtype=torch.bool)
+    suspect[2, 3] = suspect[3, 2] = True
+    suspect[3, 2] = True
+    (figure,) = [figure for figure in answer.random if figure.batch_size == 6]
+    for left_out, got in ((same, figure.hardness), (same | suspect, figure.clean)):
+        loss = score.masked_fill(left_out, -torch.inf).logsumexp(dim=1) - score.diagonal()
+        assert got == pytest.approx(float(loss.mean()), rel=1e-4)
+    assert figure.suspected == pytest.approx(2 / 6)
+
+
+def test_figures_agree_with_a_plan_that_is_mined_and_measured() -> None:
+    query, target = _vectors(200)
+    questions = Questions(batch_sizes=(16, 40), cluster_sizes=(4, 8), first_ranks=(1,))
+    settings = MiningSettings(first_rank=0, n_ranks=8, cluster_size=4)
+    (answer,) = what_if(query, target, settings=settings, questions=questions)
+    plan = mine(query, target, settings=settings)
+    batches = plan.batches(batch_size=16, seed=0).epoch(0)
+    expected = mean_hardness(Embeddings.from_arrays(query, target), torch.arange(200), batches)
+    (same,) = [figure for figure in answer.mined if figure.setting == (0, 8, 4) and figure.batch_size == 16]
+    assert same.hardness == pytest.approx(expected, rel=1e-5)
+    assert same.kept_frac == pytest.approx(plan.summary()["kept_frac"])
+    assert {(figure.cluster_size, figure.batch_size) for figure in answer.mined} == {(4, 16), (8, 16), (4, 40), (8, 40)}
+    hardness = [figure.hardness for figure in answer.random]
+    assert hardness == sorted(hardness), "larger random batches are harder"
+    assert answer.random[-1].batch_size == 200
+    assert all(figure.clean <= figure.hardness and figure.as_random <= 200 for figure in answer.mined)
+    assert same.as_random > 1.5 * 16, "topics make clusters harder than chance"
+
+
+def test_what_the_plan_masks_is_left_out() -> None:
+    """Every other row is ranked and too similar, so every negative of a mined batch is masked."""
+    query, target = _vectors(100)
+    questions = Questions(batch_sizes=(20,), cluster_sizes=(4,), first_ranks=(0,))
+    settings = MiningSettings(first_rank=0, n_ranks=99, cluster_size=4, max_score=-1.1)
+    (answer,) = what_if(query, target, settings=settings, questions=questions)
+    assert [figure.hardness for figure in answer.mined] == pytest.approx([0.0], abs=1e-6)
+    assert [figure.suspected for figure in answer.mined] == [0.0]
+    assert answer.random[0].hardness > 0.001
+
+
+def test_large_tasks_are_sampled_and_small_ones_keep_their_rows() -> None:
+    query, target = _vectors(200)
+    questions = Questions(batch_sizes=(16,), cluster_sizes=(4,), first_ranks=(1,), max_rows=60)
+    tasks = ["big"] * 150 + ["small"] * 50
+    big, small = what_if(query, target, settings=SETTINGS, questions=questions, tasks=tasks)
+    assert (big.n_rows, big.n_sampled, small.n_rows, small.n_sampled) == (150, 60, 50, 50)
+    assert any("of the sample, which is about first_rank" in line for line in advice(big, 16))
+
+
+def test_the_equal_random_batch_lies_between_the_measured_ones() -> None:
+    curve = [Figure(16, 1.0, 1.0, 0.0), Figure(64, 2.0, 2.0, 0.0), Figure(256, 3.0, 3.0, 0.0)]
+    assert equal_random(curve, 1.5) == pytest.approx(32)
+    assert equal_random(curve, 0.5) == 16
+    assert equal_random(curve, 9.0) == 256
+
+
+def test_advice_prefers_hard_batches_that_are_not_full_of_suspects() -> None:
+    random = [Figure(size, 0, 0, 0.0, as_random=size) for size in (16, 64, 1024)]
+    mined = [
+        Figure(16, 2, 2, 0.1, 5, 100, 8, 0.3, 300.0),
+        Figure(64, 3, 3, 0.1, 5, 100, 8, 0.3, 1100.0),
+        Figure(64, 4, 4, 0.9, 0, 100, 8, 0.3, 4000.0),
+    ]
+    answer = TaskAnswer("t", 5000, 5000, False, True, 23, (0.25, 0.1), random, mined)
+    lines = advice(answer, 64)
+    assert lines[0] == (
+        "mined batches of 64 are as hard as random ones of about 1,100, with cluster_size 8, first_rank 5 and "
+        "n_ranks 100"
+    )
+    assert "instead of random batches of 256: mined batches of 16" in lines
+    assert "instead of random batches of 1,024: mined batches of 64" in lines
+    assert not any("4,096" in line for line in lines)
+    assert "would begin at 23" in lines[-1]
+    assert "careful: 90%" in advice(TaskAnswer("t", 5000, 5000, False, True, 0, (), random, mined[2:]), 64)[1]
+    assert "nothing to advise" in advice(answer, 48)[0]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"batch_sizes": ()}, {"cluster_sizes": (1,)}, {"first_ranks": (-1,)}, {"max_rows": 1}]
+)
+def test_questions_that_make_no_sense(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Questions(**wrong)
+
+
+def test_the_command_line(tmp_path: Path, models: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    rows = "".join(f"question {row},answer {row}\n" for row in range(60))
+    (tmp_path / "pairs.csv").write_text("qry,pos_text\n" + rows)
+    np.save(tmp_path / "vectors.npy", np.stack(_vectors(60)))
+    main(
+        [
+            "plan", f"--run.dir={tmp_path / 'run'}", f"--model.embedder={models['bert']}", "--data.batch_size=16",
+            f"--data.train_pairs={tmp_path / 'pairs.csv'}", f"--data.teacher={tmp_path / 'vectors.npy'}",
+            "--data.mining={first_rank: 1, n_ranks: 8, cluster_size: 4}", "--trainer.accelerator=cpu",
+            "--trainer.devices=1", "--trainer.enable_progress_bar=false", "--questions.batch_sizes=[16, 32]",
+            "--questions.cluster_sizes=[4, 8]", "--questions.first_ranks=[0]",
+        ]
+    )  # fmt: skip
+    said = " ".join(capsys.readouterr().out.split())
+    assert "mined batches of 16 are as hard as random ones of about" in said
+    page = (tmp_path / "run" / "what_if" / "what_if.html").read_text()
+    assert "<svg" in page
+    assert "mined batches of 16" in page
+    figures = pq.read_table(tmp_path / "run" / "what_if" / "what_if.parquet").to_pylist()
+    assert {(one["batches"], one["cluster_size"]) for one in figures} == {("random", -1), ("mined", 4), ("mined", 8)}
