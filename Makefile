@@ -1,6 +1,7 @@
 # Everything runs in .venv, which the first target makes (Python 3.11-3.13; about 3 minutes, 7 GB).
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
 
 .PHONY: help demo compare test test-rapids check clean
@@ -28,7 +29,7 @@ compare: data/glyphs/train.parquet  ## train the same on random batches, print b
 	$(RUN) -m b3_lightning compare runs/quickstart runs/quickstart-random
 
 test: $(VENV)/installed  ## run the tests
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 $(VENV)-rapids/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-rapids

@@ -7,10 +7,44 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+from jsonargparse.typing import Path_fr, register_type
+
 from b3_lightning.data.pairs import PairSource
 from b3_lightning.mining import MiningSettings
 
-Sources = str | PairSource | list[str | PairSource]
+
+class SourceList(list[dict[str, Any]]):
+    """The entries of a YAML file that is named where sources are expected; its path is relative to the config's."""
+
+    @classmethod
+    def read(cls, path: Any) -> SourceList:
+        """Read the file.
+
+        Raises:
+            ValueError: where the name is not that of a YAML file, or the file does not hold a list.
+        """
+        if not isinstance(path, str) or Path(path).suffix not in (".yaml", ".yml"):
+            raise ValueError(f"{path} is not the name of a YAML file")
+        entries = yaml.safe_load(Path_fr(path).get_content())
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError(f"{path} must hold a list of sources, each with its path")
+        return cls(entries)
+
+    @staticmethod
+    def plain(value: Any) -> list[dict[str, Any]]:
+        """What a written config holds instead of the file's name."""
+        if not isinstance(value, SourceList):
+            raise ValueError(f"{value} is no list of sources read from a file")
+        return list(value)
+
+
+register_type(
+    SourceList, serializer=SourceList.plain, deserializer=SourceList.read, uniqueness_key=("b3_lightning", "SourceList")
+)
+
+Sources = SourceList | str | PairSource | list[str | PairSource]
+"""Files, folders or hub names; or a YAML file with a list of them."""
 
 
 def place(sources: Sources, root: str, *, prompts: bool) -> list[PairSource]:
@@ -21,11 +55,17 @@ def place(sources: Sources, root: str, *, prompts: bool) -> list[PairSource]:
     """
     placed = []
     for entry in sources if isinstance(sources, list) else [sources]:
-        source = PairSource(entry) if isinstance(entry, str) else entry
+        source = _source(entry)
         if root != ".":
             source = replace(source, task=source.name, path=str((Path(root) / source.path).absolute()))
         placed.append(source if prompts else replace(source, query_prompt="", target_prompt=""))
     return placed
+
+
+def _source(entry: str | PairSource | dict[str, Any]) -> PairSource:
+    if isinstance(entry, str):
+        return PairSource(entry)
+    return PairSource(**entry) if isinstance(entry, dict) else entry
 
 
 def choose(sources: Sequence[PairSource], tasks: Sequence[str] | None) -> list[PairSource]:

@@ -79,7 +79,8 @@ def _check(tasks: Sequence[MmebTask], place: Place) -> list[Finding]:
 
 def _table(findings: Sequence[Finding], place: Place) -> Table:
     whole = sum(finding.is_whole for finding in findings)
-    table = Table(title=f"MMEB-{place.part}: {whole} of {len(findings)} datasets whole")
+    title = f"MMEB-{place.part}: {whole} of {len(findings)} datasets whole"
+    table = Table(title=title, caption=str(place.folder))
     for name in ("dataset", "rows", "images looked for"):
         table.add_column(name, justify="left" if name == "dataset" else "right")
     table.add_column("missing", overflow="fold")
