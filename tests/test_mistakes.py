@@ -124,6 +124,10 @@ def test_a_plan_of_other_pairs_and_a_folder_in_use(told: Command, tmp_path: Path
     (tmp_path / "more.csv").write_text((tmp_path / "pairs.csv").read_text() + "x,y\n")
     said = told("fit", "--data.train_pairs=more.csv", "--data.plan=plan")
     assert _holds(said, "the plan was mined from 40 rows, the training pairs have 41; mine again")
+    text = (tmp_path / "pairs.csv").read_text().splitlines()
+    (tmp_path / "swapped.csv").write_text("\n".join([text[0], text[2], text[1], *text[3:]]) + "\n")
+    said = told("fit", "--data.train_pairs=swapped.csv", "--data.plan=plan")
+    assert _holds(said, "the plan was mined from other pairs, of which there are 40 too")
     assert _holds(told("mine", "--output=plan"), "output=plan holds another plan; name a new folder")
 
 

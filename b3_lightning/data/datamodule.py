@@ -129,7 +129,7 @@ class PairsDataModule(L.LightningDataModule):
         BatchPlan(**self._random_plan(), mined_frac=self.mined_frac)
         count_negatives(pairs, self.n_file_negatives)
         if self.plan_folder is not None:
-            MinedPlan.load(self.plan_folder).check_rows(len(pairs))
+            MinedPlan.load(self.plan_folder).check_rows(len(pairs), self.fingerprint("train"))
         elif self.batches == "b3" and self.teacher.endswith(VECTOR_SUFFIXES):
             check_vectors(self.teacher, len(pairs))
 
@@ -375,7 +375,7 @@ class PairsDataModule(L.LightningDataModule):
         mined = MinedPlan.load(folder)
         if sha256(folder / "plan.json") != self._in_use["plan_sha256"]:
             raise ValueError(f"{folder} is not the plan that the checkpoint was trained on; restore it from a backup")
-        mined.check_rows(len(self.pairs("train")))
+        mined.check_rows(len(self.pairs("train")), self.fingerprint("train"))
         self._draw_from(mined)
 
     def mined_folder(self, epoch: int) -> Path:

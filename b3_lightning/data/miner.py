@@ -120,6 +120,7 @@ class PairMiner:
                 help_mine(*vector_pair, **about)
                 return None
             mined = mine(*vector_pair, **about, batch_size=self.batch_size, progress=progress)
+            mined = replace(mined, pairs=self.train.fingerprint)
         log.info("mined in %.1f s: %s", sum(mined.seconds.values()), _in_words(mined.summary()))
         return mined
 

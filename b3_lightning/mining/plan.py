@@ -29,7 +29,8 @@ class MinedPlan:
     """All clusters of all tasks, with the stages that led to them.
 
     ``task_N`` (int64) indexes ``task_names``. ``negative_NH`` (int64) holds rows whose targets are hard negatives, -1
-    where too few were found. ``ranks`` tells the window of every task, ``hardness`` the teacher's mean loss in
+    where too few were found. ``pairs`` is the fingerprint of the pairs, empty where bare vectors were mined. ``ranks``
+    tells the window of every task, ``hardness`` the teacher's mean loss in
     ``mined`` and ``random`` batches and the ``best`` possible, ``seconds`` the time of each stage.
     """
 
@@ -45,6 +46,7 @@ class MinedPlan:
     ranks: Mapping[str, RankChoice]
     hardness: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    pairs: str = ""
 
     def __post_init__(self) -> None:
         n_rows = len(self.task_N)
@@ -130,6 +132,7 @@ class MinedPlan:
             "settings": dataclasses.asdict(self.settings),
             "task_names": list(self.task_names),
             "n_rows": self.n_rows,
+            "pairs": self.pairs,
             "ranks": {name: dataclasses.asdict(choice) for name, choice in self.ranks.items()},
             "hardness": dict(self.hardness),
             "seconds": dict(self.seconds),
@@ -186,13 +189,19 @@ class MinedPlan:
             ranks={name: RankChoice(**choice) for name, choice in description["ranks"].items()},
             hardness=description["hardness"],
             seconds=description["seconds"],
+            pairs=description.get("pairs", ""),
         )
 
-    def check_rows(self, n_rows: int) -> None:
-        """Refuse pairs that this plan was not mined from."""
+    def check_rows(self, n_rows: int, pairs: str | None = None) -> None:
+        """Refuse pairs that this plan was not mined from; ``pairs`` is their fingerprint, if known."""
         if n_rows != self.n_rows:
             raise ValueError(
                 f"the plan was mined from {self.n_rows} rows, the training pairs have {n_rows}; mine again"
+            )
+        if self.pairs and pairs is not None and self.pairs != pairs:
+            raise ValueError(
+                f"the plan was mined from other pairs, of which there are {n_rows} too (other texts, images, keys, "
+                "order or prompts): mine again, or give the pairs that it was mined from"
             )
 
 
