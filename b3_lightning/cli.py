@@ -29,6 +29,7 @@ from b3_lightning.checkpoints import CheckedCheckpointIO, StepCheckpoint
 from b3_lightning.data import PairsDataModule
 from b3_lightning.mining import MinedPlan
 from b3_lightning.model import ContrastiveModule
+from b3_lightning.model.sharding import FullyShardedStrategy
 from b3_lightning.reports.compare import SHOWN, best_validation, keep_old_metrics
 from b3_lightning.reports.plan import write_plan_report
 from b3_lightning.verbs import VERBS, run_verb
@@ -325,6 +326,7 @@ def _is_ours(error: Exception) -> bool:
 
 def _run_lightning(args: list[str] | None) -> None:
     _quieten()
+    FullyShardedStrategy.register()
     mode = {"parser_mode": "omegaconf+"}
     # DDP starts its other processes with sys.argv, so that must stay as it is on a real command line
     argv = sys.argv
