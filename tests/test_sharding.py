@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -17,17 +18,10 @@ from torch.multiprocessing.spawn import spawn
 
 from b3_lightning.data.collate import prepare
 from b3_lightning.data.pairs import Item
-from b3_lightning.model import ContrastiveModule, LoadSettings
+from b3_lightning.model import ContrastiveModule, LoadSettings, LoraSettings, SmallEmbedder
 from b3_lightning.model.embedder import load_embedder
 from b3_lightning.model.loss import LossSettings
-from b3_lightning.model.sharding import (
-    EqualPasses,
-    check_shardable,
-    check_strategy,
-    clip_gradients,
-    shard,
-    whole_weights,
-)
+from b3_lightning.model.sharding import EqualPasses, FullyShardedStrategy, clip_gradients, shard, whole_weights
 from b3_lightning.types import ChunkSettings
 
 N_ROWS = 8
@@ -74,10 +68,11 @@ def _backward(module: ContrastiveModule, batch: dict[str, Any]) -> None:
     """A training step and its backward pass, as Lightning makes them."""
     schedule = SimpleNamespace(get_last_lr=lambda: [0.0])
     plugin = SimpleNamespace(forward_context=lambda: torch.enable_grad())
-    module.log = lambda *_, **__: None  # type: ignore[method-assign, assignment]
+    module.log = lambda *_, **__: None  # type: ignore[method-assign]
     module.lr_schedulers = lambda: schedule  # type: ignore[method-assign, assignment, return-value]
-    trainer = SimpleNamespace(precision_plugin=plugin, global_rank=dist.get_rank() if dist.is_initialized() else 0)
-    module._fabric = None
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    data = SimpleNamespace(total_steps=lambda: 10)
+    trainer = SimpleNamespace(precision_plugin=plugin, global_rank=rank, datamodule=data)
     module._trainer = trainer  # type: ignore[assignment]
     module.backward(module.training_step(_as_double(batch), 0)["loss"])
 
@@ -111,7 +106,44 @@ def _worker(rank: int, port: int, folder: str, paths: dict[str, str], shapes: st
         gradients = _whole_gradients(module)
         norm = clip_gradients(module.parameters(), 0.5)
         torch.save([found[0], gradients, norm, _whole_gradients(module)], Path(folder) / f"{way}-{rank}.pt")
+        if way == 0:
+            torch.save(_saved_and_restored(module), Path(folder) / f"state-{rank}.pt")
     dist.destroy_process_group()
+
+
+def _saved_and_restored(module: ContrastiveModule) -> list[dict[str, Any]]:
+    """What a checkpoint holds after a step, and after it was read back two steps later."""
+    strategy = FullyShardedStrategy()
+    strategy._lightning_module = module
+    optimizer = module.configure_optimizers()["optimizer"]
+    strategy.optimizers = [optimizer]
+    optimizer.step()
+    saved = _checkpoint(strategy, optimizer)
+    optimizer.step()
+    optimizer.step()
+    assert not _equal(strategy.lightning_module_state_dict(), saved["state_dict"], 1e-6)
+    strategy.load_model_state_dict(saved)
+    strategy.load_optimizer_state_dict(saved)
+    return [saved, _checkpoint(strategy, optimizer)]
+
+
+def _checkpoint(strategy: FullyShardedStrategy, optimizer: Any) -> dict[str, Any]:
+    optimizer_states = [strategy.optimizer_state(optimizer)]
+    return {"state_dict": strategy.lightning_module_state_dict(), "optimizer_states": optimizer_states}
+
+
+def _assert_same_checkpoint(found: dict[str, Any], module: ContrastiveModule, optimizer: torch.optim.Optimizer) -> None:
+    assert _equal(found["state_dict"], module.state_dict(), 1e-9)
+    (state,), expected = found["optimizer_states"], optimizer.state_dict()
+    assert state["param_groups"] == expected["param_groups"]
+    assert state["state"].keys() == expected["state"].keys()
+    for index, values in expected["state"].items():
+        assert _equal(state["state"][index], values, 1e-9)
+
+
+def _equal(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> bool:
+    assert found.keys() == expected.keys()
+    return all(torch.allclose(found[name], value, rtol=0, atol=tolerance) for name, value in expected.items())
 
 
 def _whole_gradients(module: nn.Module) -> dict[str, Tensor]:
@@ -144,3 +176,30 @@ def test_gradients_of_cut_weights_equal_those_of_the_whole_batch(
             assert float(found_norm) == pytest.approx(float(norm), rel=1e-9)
             for name, gradient in _whole_gradients(module).items():
                 assert torch.allclose(clipped[name], gradient, atol=1e-9 * largest)
+        if kinds == "text":
+            optimizer = module.configure_optimizers()["optimizer"]
+            optimizer.step()
+            for rank in range(2):
+                for checkpoint in torch.load(tmp_path / f"state-{rank}.pt", weights_only=True):
+                    _assert_same_checkpoint(checkpoint, module, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "settings", "about", "message"),
+    [
+        (ModelParallelStrategy(), {}, {}, "is a ModelParallelStrategy; it must be auto or ddp, or fsdp2"),
+        (FSDPStrategy(), {}, {}, "is a FSDPStrategy"),
+        (FullyShardedStrategy(), {"lora": LoraSettings()}, {}, "only the adapter is trained: use ddp"),
+        (FullyShardedStrategy(), {"embedder": SmallEmbedder()}, {}, "a small embedder fits"),
+        (FullyShardedStrategy(), {}, {"precision": "16-mixed"}, "no loss scaling for precision=16-mixed: use bf16"),
+        (FullyShardedStrategy(), {}, {"gradient_clip_algorithm": "value"}, "clips gradients by norm"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(
+    strategy: Any, settings: dict[str, Any], about: dict[str, Any], message: str
+) -> None:
+    module = ContrastiveModule(**{"embedder": "nowhere", **settings})
+    trainer = {"strategy": strategy, "precision": "32-true", "gradient_clip_algorithm": None, **about}
+    module._trainer = SimpleNamespace(**trainer)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=message):
+        module.configure_model()

@@ -166,7 +166,7 @@ def student_embed(trainer: Any) -> Iterator[Embed]:
     @torch.no_grad()
     def embed(features: list[Features]) -> Tensor:
         with trainer.precision_plugin.forward_context():
-            vectors: Tensor = module.embed(trainer.strategy.batch_to_device(features))
+            vectors: Tensor = module.embed(move_data_to_device(features, trainer.strategy.root_device))
         return vectors
 
     was_training = module.training

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -114,7 +115,10 @@ class ContrastiveModule(L.LightningModule):
     def configure_model(self) -> None:
         if "model" in self._modules:
             return
-        check_strategy(self.trainer.strategy)
+        strategy = self.trainer.strategy
+        check_strategy(strategy)
+        if isinstance(strategy, FullyShardedStrategy):
+            self._check_shardable()
         if isinstance(self.source, SmallEmbedder):
             self.model = self.source.build(self.trainer.datamodule.train_texts())  # type: ignore[attr-defined]
         else:
@@ -129,16 +133,18 @@ class ContrastiveModule(L.LightningModule):
         n_dims = self.model.get_embedding_dimension()
         if n_dims is not None and max(self.loss.matryoshka_dims, default=0) > n_dims:
             raise ValueError(f"model.loss.matryoshka_dims={self.loss.matryoshka_dims}: {name} has {n_dims} dimensions")
-        if isinstance(self.trainer.strategy, FullyShardedStrategy):
-            self._shard(self.trainer.strategy)
+        if isinstance(strategy, FullyShardedStrategy):
+            shard(self.model, strategy.device_mesh["data_parallel"], str(self.trainer.precision))
+            self._passes = EqualPasses(self.model)
 
-    def _shard(self, strategy: FullyShardedStrategy) -> None:
-        precision = str(self.trainer.precision)
+    def _check_shardable(self) -> None:
+        trainer = self.trainer
         check_shardable(
-            small=isinstance(self.source, SmallEmbedder), lora=self.lora is not None, precision=precision
+            small=isinstance(self.source, SmallEmbedder),
+            lora=self.lora is not None,
+            precision=str(trainer.precision),
+            clip_by=trainer.gradient_clip_algorithm,
         )
-        shard(self.model, strategy.device_mesh["data_parallel"], precision)
-        self._passes = EqualPasses(self.model)
 
     def whole_weights(self) -> AbstractContextManager[None]:
         """All weights in every process, where a strategy cuts them over the processes: for encoding alone."""
@@ -149,7 +155,9 @@ class ContrastiveModule(L.LightningModule):
         assert isinstance(self.source, str)
         model = load_embedder(self.source, replace(self.load, gradient_checkpointing=False), None)
         prefix = "model."
-        model.load_state_dict({name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)})
+        own = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+        model.to(next(value.dtype for value in own.values() if value.is_floating_point()))  # that of the precision
+        model.load_state_dict(own)
         return model
 
     def load_teacher(self, path: str) -> SentenceTransformer:
@@ -222,7 +230,8 @@ class ContrastiveModule(L.LightningModule):
         if self._cache is not None:
             self._cache.backward(self.trainer.precision_plugin.forward_context)
         if self._passes is not None:
-            average_gradients(self.temperature.parameters())  # those of the embedder come averaged
+            # those of cut weights come averaged
+            average_gradients(parameter for parameter in self.parameters() if not isinstance(parameter, DTensor))
         elif self._cache is not None:
             average_gradients(self.parameters())
 
@@ -231,8 +240,6 @@ class ContrastiveModule(L.LightningModule):
     ) -> None:
         if self._passes is None:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif gradient_clip_algorithm == "value":
-            raise ValueError("trainer.gradient_clip_algorithm=value does not work with trainer.strategy=fsdp2: use norm")
         elif gradient_clip_val:
             clip_gradients(self.parameters(), gradient_clip_val)
 
@@ -298,11 +305,11 @@ class ContrastiveModule(L.LightningModule):
         trained = [parameter for parameter in self.embedder.parameters() if parameter.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.optim.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
         ]
-        if learned := list(self.temperature.parameters()):
-            # apart, since what is cut over processes and what is not cannot be stepped together
-            groups.append({"params": learned, "weight_decay": 0.0})
+        if scalars := [*(p for p in trained if p.ndim == 0), *self.temperature.parameters()]:
+            # never cut over processes, so they cannot be stepped together with what may be
+            groups.append({"params": scalars, "weight_decay": 0.0})
         optimizer = torch.optim.AdamW(groups, lr=self.optim.learning_rate)
         total_steps = self.trainer.datamodule.total_steps()  # type: ignore[attr-defined]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optim.factor(step, total_steps))
@@ -329,9 +336,10 @@ class ContrastiveModule(L.LightningModule):
             # only what is trained was saved; the rest is as it was loaded
             state |= {name: value for name, value in self.state_dict().items() if name in self._frozen()}
         learned = state.get("temperature.log_scale_T")
-        if self.loss.learn_temperature == "per_task" and learned is not None:
-            if learned.shape != self.temperature.log_scale_T.shape:  # else it is kept: optimisers may know it
-                self.temperature = Temperature(self.loss, len(learned)).to(self.device)
+        per_task = learned is not None and self.loss.learn_temperature == "per_task"
+        if per_task and learned.shape != self.temperature.log_scale_T.shape:
+            # of another number of tasks; where it fits, it is kept, since an optimiser may hold it
+            self.temperature = Temperature(self.loss, len(learned)).to(self.device)
         vocabulary = checkpoint.get("b3_vocabulary")
         if vocabulary is not None and isinstance(self.source, SmallEmbedder):
             # subwords were learned from the training texts; those of the checkpoint count, whatever pairs are given now

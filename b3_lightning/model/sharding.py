@@ -1,8 +1,8 @@
 """Weights, gradients and optimiser states cut over the processes (FSDP2), for training all weights of a large model.
 
-Between forward passes each process holds its share of every weight; a layer's weights are collected right before they are
-needed and dropped right after. So every process must make the same passes in the same order, though its share of a batch
-may hold other kinds of input, or fewer chunks: ``EqualPasses`` sees to that in training. Where the processes do
+Between forward passes each process holds its share of every weight; a layer's weights are collected right before they
+are needed and dropped right after. So every process must make the same passes in the same order, though its share of a
+batch may hold other kinds of input, or fewer chunks: ``EqualPasses`` sees to that in training. Where the processes do
 uneven work without gradients - validation, encoding for mining - ``whole_weights`` collects all weights for as long.
 
 Shapes: S = sides of a batch (query, target, negative), K = kinds of input (text, picture, both).
@@ -121,28 +121,31 @@ def check_strategy(strategy: Any) -> None:
     """
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FullyShardedStrategy):
         raise ValueError(
-            f"trainer.strategy is a {type(strategy).__name__}; it must be auto or ddp, or {NAME} where weights, gradients "
-            "and optimiser states are to be cut over the processes"
+            f"trainer.strategy is a {type(strategy).__name__}; it must be auto or ddp, or {NAME} where weights, "
+            "gradients and optimiser states are to be cut over the processes"
         )
 
 
-def check_shardable(*, small: bool, lora: bool, precision: str) -> None:
-    """Refuse to cut what need not or cannot be cut.
+def check_shardable(*, small: bool, lora: bool, precision: str, clip_by: str | None) -> None:
+    """Refuse to cut what need not or cannot be cut, and what is not known of cut gradients.
 
     Raises:
-        ValueError: for a small embedder, for LoRA, and for float16.
+        ValueError: for a small embedder, LoRA, float16, and clipping by value.
     """
     if small or lora:
         what = "a small embedder fits in every process" if small else "with model.lora only the adapter is trained"
         raise ValueError(f"trainer.strategy={NAME} trains all weights of a loaded model; {what}: use ddp")
     if precision.startswith("16"):
         raise ValueError(f"trainer.strategy={NAME} knows no loss scaling for precision={precision}: use bf16-mixed")
+    if clip_by not in (None, "norm"):
+        raise ValueError(f"trainer.strategy={NAME} clips gradients by norm, not gradient_clip_algorithm={clip_by}")
 
 
 def shard(model: SentenceTransformer, mesh: DeviceMesh, precision: str) -> None:
     """Cut the model over the processes, each layer on its own and the rest together.
 
-    With ``bf16-mixed`` weights are collected in bfloat16; each process's share, and the sums of gradients, stay float32.
+    With ``bf16-mixed`` weights are collected in bfloat16; each process's share and the sums of gradients stay float32.
+    Scalars, such as CLIP's own temperature, stay whole in every process.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if precision == "bf16-mixed" else None,
@@ -151,7 +154,8 @@ def shard(model: SentenceTransformer, mesh: DeviceMesh, precision: str) -> None:
     )
     for layer in _layers(model):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+    scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, ignored_params=scalars)
 
 
 def _layers(model: nn.Module) -> Iterator[nn.Module]:
