@@ -87,8 +87,8 @@ def _as_double(found: Any) -> Any:
     return found
 
 
-WAYS: list[tuple[str, int | None]] = [("text", None), ("text", 3), ("vl", None), ("vl", 2)]
-"""Kinds of input, and items of a chunk."""
+WAYS: list[tuple[str, int | None]] = [("text", 3), ("vl", None)]
+"""Kinds of input, and items of a chunk; the processes lack different passes of each."""
 
 
 def _worker(rank: int, port: int, folder: str, paths: dict[str, str], shapes: str) -> None:

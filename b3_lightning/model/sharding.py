@@ -96,13 +96,13 @@ class FullyShardedStrategy(ModelParallelStrategy):
             optimizer.load_state_dict({**state, "state": cut})
 
 
-def _gathered(state: Mapping[str, Any], keep: bool) -> dict[str, Any]:
+def _gathered(state: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """One tensor after the other, so that no more than one is whole on the device."""
-    whole = {}
+    whole: dict[str, Tensor] = {}
     for name, value in state.items():
-        full = value.full_tensor() if isinstance(value, DTensor) else value
+        full = value.full_tensor() if isinstance(value, DTensor) else value.clone()
         if keep:
-            whole[name] = full.detach().cpu() if isinstance(full, Tensor) else full
+            whole[name] = full.detach().cpu()
     return whole
 
 
