@@ -28,8 +28,7 @@ from b3_lightning.callbacks import EmbeddingWriter, Export, HardnessMonitor, Rem
 from b3_lightning.checkpoints import CheckedCheckpointIO, StepCheckpoint
 from b3_lightning.data import PairsDataModule
 from b3_lightning.mining import MinedPlan
-from b3_lightning.model import ContrastiveModule
-from b3_lightning.model.sharding import FullyShardedStrategy
+from b3_lightning.model import ContrastiveModule, FullyShardedStrategy
 from b3_lightning.reports.compare import SHOWN, best_validation, keep_old_metrics
 from b3_lightning.reports.plan import write_plan_report
 from b3_lightning.verbs import VERBS, run_verb
@@ -198,10 +197,15 @@ class B3CLI(LightningCLI):
         return loggers
 
     def _checkpoints(self) -> list[ModelCheckpoint]:
-        """The best by validation, where there is one, and the last; a run that is interrupted leaves its last too."""
+        """The best by validation, where there is one, and the last; a run that is interrupted leaves its last too.
+
+        Not where weights are cut over the processes: they do not stop at the same moment, so none can gather the rest.
+        """
         folder = Path(self.run.dir) / "checkpoints"
+        strategy = self._get(self.config_init, "trainer").get("strategy")
+        cut = strategy == FullyShardedStrategy.NAME or isinstance(strategy, FullyShardedStrategy)
         about: dict[str, Any] = {"dirpath": folder, "filename": "last", "enable_version_counter": False}
-        checkpoints = [ModelCheckpoint(**about, save_on_exception=True, save_on_train_epoch_end=True)]
+        checkpoints = [ModelCheckpoint(**about, save_on_exception=not cut, save_on_train_epoch_end=True)]
         if self.run.checkpoint_every_n_steps is not None:
             checkpoints.append(StepCheckpoint(**about, every_n_train_steps=self.run.checkpoint_every_n_steps))
         if self._get(self.config, "data").get("val_pairs") is None:

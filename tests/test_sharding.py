@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
+from b3_lightning.cli import B3CLI, main
 from b3_lightning.data.collate import prepare
 from b3_lightning.data.pairs import Item
 from b3_lightning.model import ContrastiveModule, LoadSettings, LoraSettings, SmallEmbedder
@@ -203,3 +205,26 @@ def test_what_cannot_be_cut_is_refused(
     module._trainer = SimpleNamespace(**trainer)  # type: ignore[assignment]
     with pytest.raises(ValueError, match=message):
         module.configure_model()
+
+
+@pytest.mark.parametrize(("strategy", "saves"), [("auto", True), ("fsdp2", False)])
+def test_a_run_that_fails_gathers_no_cut_weights(
+    strategy: str, saves: bool, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[bool] = []
+
+    def before_fit(cli: B3CLI) -> None:
+        found.extend(vars(each)["save_on_exception"] for each in cli.trainer.checkpoint_callbacks)
+        sys.exit(0)
+
+    monkeypatch.setattr(B3CLI, "before_fit", before_fit)
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "fit", "--model.embedder=nowhere", f"--run.dir={tmp_path}", "--run.wandb=disabled",
+                f"--data.train_pairs={shapes / 'text-text.parquet'}", "--data.batches=random",
+                "--trainer.accelerator=cpu", "--trainer.devices=2", f"--trainer.strategy={strategy}",
+            ]
+        )  # fmt: skip
+    assert any(found) == saves
+    assert found

@@ -31,7 +31,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-NAME = "fsdp2"
 SIDES = ("query", "target", "negative")
 _N_KINDS = 3
 
@@ -46,13 +45,15 @@ class FullyShardedStrategy(ModelParallelStrategy):
     another strategy or number of processes.
     """
 
+    NAME = "fsdp2"
+
     def __init__(self) -> None:
         super().__init__(save_distributed_checkpoint=False)
 
     @classmethod
     def register(cls) -> None:
         """Make it known as ``trainer.strategy=fsdp2``."""
-        StrategyRegistry.register(NAME, cls, description="fully sharded (FSDP2)", override=True)
+        StrategyRegistry.register(cls.NAME, cls, description="fully sharded (FSDP2)", override=True)
 
     def setup_environment(self) -> None:
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
@@ -121,7 +122,7 @@ def check_strategy(strategy: Any) -> None:
     """
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FullyShardedStrategy):
         raise ValueError(
-            f"trainer.strategy is a {type(strategy).__name__}; it must be auto or ddp, or {NAME} where weights, "
+            f"trainer.strategy is a {type(strategy).__name__}; it must be auto or ddp, or fsdp2 where weights, "
             "gradients and optimiser states are to be cut over the processes"
         )
 
@@ -134,11 +135,11 @@ def check_shardable(*, small: bool, lora: bool, precision: str, clip_by: str | N
     """
     if small or lora:
         what = "a small embedder fits in every process" if small else "with model.lora only the adapter is trained"
-        raise ValueError(f"trainer.strategy={NAME} trains all weights of a loaded model; {what}: use ddp")
+        raise ValueError(f"trainer.strategy=fsdp2 trains all weights of a loaded model; {what}: use ddp")
     if precision.startswith("16"):
-        raise ValueError(f"trainer.strategy={NAME} knows no loss scaling for precision={precision}: use bf16-mixed")
+        raise ValueError(f"trainer.strategy=fsdp2 knows no loss scaling for precision={precision}: use bf16-mixed")
     if clip_by not in (None, "norm"):
-        raise ValueError(f"trainer.strategy={NAME} clips gradients by norm, not gradient_clip_algorithm={clip_by}")
+        raise ValueError(f"trainer.strategy=fsdp2 clips gradients by norm, not gradient_clip_algorithm={clip_by}")
 
 
 def shard(model: SentenceTransformer, mesh: DeviceMesh, precision: str) -> None:
