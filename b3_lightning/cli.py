@@ -28,7 +28,7 @@ from b3_lightning.data import PairsDataModule
 from b3_lightning.mining import MinedPlan
 from b3_lightning.mining.whatif import Questions
 from b3_lightning.mistakes import Parser, check_command, check_devices, told
-from b3_lightning.model import ContrastiveModule
+from b3_lightning.model import ContrastiveModule, FullyShardedStrategy
 from b3_lightning.reports.compare import keep_old_metrics
 from b3_lightning.reports.outcome import print_outcome
 from b3_lightning.reports.wandb_mode import WandbMode, has_wandb_key, is_offline
@@ -227,10 +227,15 @@ class B3CLI(LightningCLI):
         return loggers
 
     def _checkpoints(self) -> list[ModelCheckpoint]:
-        """The best by validation, where there is one, and the last; a run that is interrupted leaves its last too."""
+        """The best by validation, where there is one, and the last; a run that is interrupted leaves its last too.
+
+        Not where weights are cut over the processes: they do not stop at the same moment, so none can gather the rest.
+        """
         folder = Path(self.run.dir) / "checkpoints"
+        strategy = self._get(self.config_init, "trainer").get("strategy")
+        cut = strategy == FullyShardedStrategy.NAME or isinstance(strategy, FullyShardedStrategy)
         about: dict[str, Any] = {"dirpath": folder, "filename": "last", "enable_version_counter": False}
-        checkpoints = [ModelCheckpoint(**about, save_on_exception=True, save_on_train_epoch_end=True)]
+        checkpoints = [ModelCheckpoint(**about, save_on_exception=not cut, save_on_train_epoch_end=True)]
         if self.run.checkpoint_every_n_steps is not None:
             checkpoints.append(StepCheckpoint(**about, every_n_train_steps=self.run.checkpoint_every_n_steps))
         if self._get(self.config, "data").get("val_pairs") is None:
@@ -334,6 +339,7 @@ def main(args: list[str] | None = None) -> None:
 
 def _run_lightning(args: list[str] | None) -> None:
     _quieten()
+    FullyShardedStrategy.register()
     mode = {"parser_mode": "omegaconf+"}
     # DDP starts its other processes with sys.argv, so that must stay as it is on a real command line
     argv = sys.argv

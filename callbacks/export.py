@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from b3_lightning.checkpoints import CheckedCheckpointIO
+from b3_lightning.model.sharding import FullyShardedStrategy
 
 log = logging.getLogger(__name__)
 
@@ -32,17 +33,22 @@ class Export(Callback):
         self.description, self.merge_adapter = description, merge_adapter
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         best = _best_checkpoint(trainer)
-        if best is not None:
-            checkpoint = CheckedCheckpointIO().load_checkpoint(best)
-            pl_module.on_load_checkpoint(checkpoint)
-            pl_module.load_state_dict(checkpoint["state_dict"])
+        cut = isinstance(trainer.strategy, FullyShardedStrategy)
+        last = trainer.strategy.lightning_module_state_dict() if cut and best is None else {}  # from all processes
+        if not trainer.is_global_zero:
+            return
+        checkpoint = {"state_dict": last} if best is None else CheckedCheckpointIO().load_checkpoint(best)
+        module: Any = pl_module
+        if best is not None and not cut:
+            module.on_load_checkpoint(checkpoint)
+            module.load_state_dict(checkpoint["state_dict"])
+        embedder: Any = module.whole_embedder(checkpoint["state_dict"]) if cut else module.embedder
         folder = Path(trainer.default_root_dir) / "export"
         temporary = folder.with_name(".export.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        embedder: Any = pl_module.embedder
         if self.merge_adapter:
             merge_adapters(embedder)
         embedder.save_pretrained(str(temporary), create_model_card=False)

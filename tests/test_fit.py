@@ -220,6 +220,8 @@ def test_mine_writes_a_plan_that_fit_trains_on(fit: Run, models: dict[str, str],
     ]
     main(command)
     assert "large red circle" in (output / "report.md").read_text()
+    main([*command, f"--output={tmp_path / 'own'}", "--data.teacher=student"])
+    assert MinedPlan.load(tmp_path / "own").n_rows == 96
     run = fit("text-text", *settings, f"--data.plan={output}")
     assert not (run / "plans").exists()
     with pytest.raises(SystemExit, match="holds another plan"):

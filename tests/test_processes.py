@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
 from test_cli import command
 
+from b3_lightning.checkpoints import CheckedCheckpointIO
 from b3_lightning.cli import main
 
 TEXTS = ["a large red circle", "which picture looks like number 7", "small teal bar"]
@@ -68,3 +71,23 @@ def test_chunks_and_processes_train_what_one_does_whole(
     assert np.allclose(_validations(run), _validations(whole), atol=1e-6)
     start = SentenceTransformer(models["bert_without_dropout"], device="cpu").encode(TEXTS, normalize_embeddings=True)
     assert not np.allclose(_vectors(whole), start, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_goes_on_with_weights_cut_over_processes(
+    whole: Path, shapes: Path, models: dict[str, str], tmp_path: Path
+) -> None:
+    ways = {"one": ["--trainer.devices=1"], "cut": ["--trainer.devices=2", "--trainer.strategy=fsdp2"]}
+    runs = {}
+    for name, settings in ways.items():
+        shutil.copytree(whole, tmp_path / name)
+        settings += ["--trainer.max_epochs=3", f"--ckpt_path={whole / 'checkpoints' / 'last.ckpt'}"]
+        if name == "cut":
+            settings.append("--model.chunks.items=5")
+        runs[name] = _fit(tmp_path / name, shapes, models["bert_without_dropout"], *settings)
+    assert np.allclose(_vectors(runs["cut"]), _vectors(runs["one"]), atol=1e-6)
+    assert np.allclose(_validations(runs["cut"]), _validations(runs["one"]), atol=1e-6)
+    assert not np.allclose(_vectors(runs["one"]), _vectors(whole), atol=1e-4)
+    last = [CheckedCheckpointIO().load_checkpoint(run / "checkpoints" / "last.ckpt") for run in runs.values()]
+    (moment, expected) = ([s["exp_avg"] for s in found["optimizer_states"][0]["state"].values()] for found in last)
+    assert all(torch.allclose(one, cut, atol=1e-9) for one, cut in zip(moment, expected, strict=True))

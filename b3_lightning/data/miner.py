@@ -179,8 +179,9 @@ class PairMiner:
         if whose == {"teacher"}:
             return self._teacher_vectors(stages, progress)
         module: Any = self.trainer.lightning_module
+        weights = self._student_fingerprint  # taken before ``student_embed`` collects weights that a strategy cuts
         with student_embed(self.trainer) as embed:
-            student = self._encoder(stages, progress).encode(module.embedder, embed, self._student_fingerprint)
+            student = self._encoder(stages, progress).encode(module.embedder, embed, weights)
         if whose == {"student"}:
             return student
         teacher = self._teacher_vectors(Stages(self.cache, self.processes), progress)

@@ -16,6 +16,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from b3_lightning.data.collate import Features, ItemCollator, PairDataset, Preprocess
@@ -126,7 +127,10 @@ def _batches_of_parts(parts: list[int], n_items: int, how: Encoding) -> list[lis
 
 
 def encoder_fingerprint(model: Any) -> str:
-    """SHA-256 of all that decides a SentenceTransformer's vectors: weights, modules, tokenizers, image settings."""
+    """SHA-256 of all that decides a SentenceTransformer's vectors: weights, modules, tokenizers, image settings.
+
+    Where the weights are cut over the processes, every process must call it.
+    """
     files: dict[str, str] = {}
     for name, module in model.named_modules():
         for kind in ("tokenizer", "processor"):
@@ -138,8 +142,12 @@ def encoder_fingerprint(model: Any) -> str:
                         files[f"{name}.{kind}/{path.relative_to(folder)}"] = sha256(path)
             elif hasattr(tool, "to_str"):
                 files[f"{name}.{kind}"] = tool.to_str()
+    weights = {
+        f"weight {name}": tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        for name, tensor in model.state_dict().items()
+    }
     about = {"modules": str(model), "files": files, "prompts": model.prompts, "length": str(model.max_seq_length)}
-    return fingerprint(about=about, **{f"weight {name}": tensor for name, tensor in model.state_dict().items()})
+    return fingerprint(about=about, **weights)
 
 
 def load_vectors(path: Path) -> Embeddings:
@@ -181,13 +189,14 @@ def student_embed(trainer: Any) -> Iterator[Embed]:
     @torch.no_grad()
     def embed(features: list[Features]) -> Tensor:
         with trainer.precision_plugin.forward_context():
-            vectors: Tensor = module.embed(trainer.strategy.batch_to_device(features))
+            vectors: Tensor = module.embed(move_data_to_device(features, trainer.strategy.root_device))
         return vectors
 
     was_training = module.training
     module.eval()
     try:
-        yield embed
+        with module.whole_weights():  # the processes encode uneven shares
+            yield embed
     finally:
         module.train(was_training)
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
 Encode = Callable[[dict[str, Any]], Tensor]
@@ -89,16 +88,4 @@ def check_chunkable(model: nn.Module) -> None:
         raise ValueError(
             f"model.chunks cannot be used with batch normalisation ({names[0]} and {len(names) - 1} other layers): its "
             "statistics would be those of a chunk, and be counted twice; leave model.chunks out"
-        )
-
-
-def check_strategy(strategy: Any) -> None:
-    """Refuse to train where weights are not whole in every process.
-
-    Raises:
-        ValueError: for anything but one process and DDP.
-    """
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
-        raise ValueError(
-            f"model.chunks works in one process and with trainer.strategy=ddp, not with {type(strategy).__name__}"
         )

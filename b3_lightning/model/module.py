@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,9 +33,20 @@ from b3_lightning.model.embedder import (
     small_vocabulary,
 )
 from b3_lightning.model.fused import FusedEmbedder
-from b3_lightning.model.gradcache import Encode, GradCache, check_chunkable, check_strategy
+from b3_lightning.model.gradcache import Encode, GradCache, check_chunkable
 from b3_lightning.model.loss import LossSettings, Rows, Temperature, info_nce, same_key
 from b3_lightning.model.metrics import RetrievalMetrics
+from b3_lightning.model.sharding import (
+    EqualPasses,
+    FullyShardedStrategy,
+    check_shardable,
+    check_strategy,
+    clip_gradients,
+    collect_weights,
+    drop_weights,
+    shard,
+    whole_weights,
+)
 from b3_lightning.types import ChunkSettings
 
 
@@ -97,6 +110,7 @@ class ContrastiveModule(L.LightningModule):
         self.temperature = Temperature(loss)
         self.metrics = RetrievalMetrics()
         self._cache: GradCache | None = None
+        self._passes: EqualPasses | None = None
         self._seed: int | None = None
 
     @property
@@ -107,6 +121,10 @@ class ContrastiveModule(L.LightningModule):
     def configure_model(self) -> None:
         if "model" in self._modules:
             return
+        strategy = self.trainer.strategy
+        check_strategy(strategy)
+        if isinstance(strategy, FullyShardedStrategy):
+            self._check_shardable()
         if isinstance(self.source, SmallEmbedder):
             self.model = self.source.build(self.trainer.datamodule.train_texts())  # type: ignore[attr-defined]
         else:
@@ -121,6 +139,32 @@ class ContrastiveModule(L.LightningModule):
         n_dims = self.model.get_embedding_dimension()
         if n_dims is not None and max(self.loss.matryoshka_dims, default=0) > n_dims:
             raise ValueError(f"model.loss.matryoshka_dims={self.loss.matryoshka_dims}: {name} has {n_dims} dimensions")
+        if isinstance(strategy, FullyShardedStrategy):
+            shard(self.model, strategy.device_mesh["data_parallel"], str(self.trainer.precision))
+            self._passes = EqualPasses(self.model)
+
+    def _check_shardable(self) -> None:
+        trainer = self.trainer
+        check_shardable(
+            small=isinstance(self.source, SmallEmbedder),
+            lora=self.lora is not None,
+            precision=str(trainer.precision),
+            clip_by=trainer.gradient_clip_algorithm,
+        )
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """All weights in every process, where a strategy cuts them over the processes: for encoding alone."""
+        return whole_weights(self.embedder)
+
+    def whole_embedder(self, state: dict[str, Any]) -> SentenceTransformer:
+        """Load the embedder anew, for one process alone, with weights of this module's ``state_dict``."""
+        assert isinstance(self.source, str)
+        model = load_embedder(self.source, replace(self.load, gradient_checkpointing=False), None)
+        prefix = "model."
+        own = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+        model.to(next(value.dtype for value in own.values() if value.is_floating_point()))  # that of the precision
+        model.load_state_dict(own)
+        return model
 
     def load_teacher(self, path: str) -> SentenceTransformer | FusedEmbedder:
         """Load another model, without an adapter to be trained and without checkpointing."""
@@ -144,13 +188,13 @@ class ContrastiveModule(L.LightningModule):
 
     def embed(self, features: Sequence[tuple[Tensor, dict[str, Any]]], encode: Encode | None = None) -> Tensor:
         """(positions, tensors) of each kind of input in a batch -> (B, D) float32 unit vectors, in positions' order."""
-        vector_PD = torch.cat([(encode or self.encode)(tensors) for _, tensors in features])
+        # a pass that is made only because other processes make one is for no position
+        vector_PD = torch.cat([(encode or self.encode)(tensors)[: len(position_P)] for position_P, tensors in features])
         order_P = torch.cat([position_P for position_P, _ in features]).argsort()
         return F.normalize(vector_PD[order_P].to(torch.promote_types(vector_PD.dtype, torch.float32)), dim=1)
 
     def on_train_start(self) -> None:
         if self.chunks is not None:
-            check_strategy(self.trainer.strategy)
             model: Any = self.trainer.strategy.model
             if isinstance(model, DistributedDataParallel):
                 # every chunk would be averaged over processes; ``backward`` does it once, for all of them
@@ -165,6 +209,8 @@ class ContrastiveModule(L.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         self.temperature.keep_in_range()
+        if self._passes is not None:
+            batch = self._passes.complete(batch, self.device)
         self._cache = None if self.chunks is None else GradCache(self.encode)
         encode = None if self._cache is None else self._cache.encode
         query_BD, target_BD = self.embed(batch["query"], encode), self.embed(batch["target"], encode)
@@ -190,7 +236,19 @@ class ContrastiveModule(L.LightningModule):
         loss.backward(*args, **kwargs)
         if self._cache is not None:
             self._cache.backward(self.trainer.precision_plugin.forward_context)
+        if self._passes is not None:
+            # those of cut weights come averaged
+            average_gradients(parameter for parameter in self.parameters() if not isinstance(parameter, DTensor))
+        elif self._cache is not None:
             average_gradients(self.parameters())
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        if self._passes is None:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            clip_gradients(self.parameters(), gradient_clip_val)
 
     def _embed_negatives(self, batch: dict[str, Any], encode: Encode | None, query_BD: Tensor) -> Tensor | None:
         if "negative" not in batch:
@@ -217,10 +275,18 @@ class ContrastiveModule(L.LightningModule):
             loss = info_nce(score_BB, temperature=self.temperature(), ignore_BC=same_key(rows, rows))
         self.log(f"{split}/loss", loss, batch_size=len(query_BD), sync_dist=True)
 
+    def on_validation_epoch_start(self) -> None:
+        collect_weights(self.embedder)
+
     def on_validation_epoch_end(self) -> None:
+        drop_weights(self.embedder)
         self._log_metrics("val")
 
+    def on_test_epoch_start(self) -> None:
+        collect_weights(self.embedder)
+
     def on_test_epoch_end(self) -> None:
+        drop_weights(self.embedder)
         self._log_metrics("test")
 
     def _log_metrics(self, split: str) -> None:
@@ -228,6 +294,12 @@ class ContrastiveModule(L.LightningModule):
         for name, value in self.metrics.compute().items():
             self.log(f"{split}/{name}", value, prog_bar=name in shown)
         self.metrics.reset()
+
+    def on_predict_epoch_start(self) -> None:
+        collect_weights(self.embedder)
+
+    def on_predict_epoch_end(self) -> None:
+        drop_weights(self.embedder)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         return {
@@ -237,11 +309,14 @@ class ContrastiveModule(L.LightningModule):
         }
 
     def configure_optimizers(self) -> Any:
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in self.embedder.parameters() if parameter.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.optim.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
         ]
+        if scalars := [*(p for p in trained if p.ndim == 0), *self.temperature.parameters()]:
+            # never cut over processes, so they cannot be stepped together with what may be
+            groups.append({"params": scalars, "weight_decay": 0.0})
         optimizer = torch.optim.AdamW(groups, lr=self.optim.learning_rate)
         total_steps = self.trainer.datamodule.total_steps()  # type: ignore[attr-defined]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optim.factor(step, total_steps))
@@ -267,8 +342,11 @@ class ContrastiveModule(L.LightningModule):
         if self.lora is not None:
             # only what is trained was saved; the rest is as it was loaded
             state |= {name: value for name, value in self.state_dict().items() if name in self._frozen()}
-        if self.loss.learn_temperature == "per_task" and "temperature.log_scale_T" in state:
-            self.temperature = Temperature(self.loss, len(state["temperature.log_scale_T"])).to(self.device)
+        learned = state.get("temperature.log_scale_T")
+        per_task = learned is not None and self.loss.learn_temperature == "per_task"
+        if per_task and learned.shape != self.temperature.log_scale_T.shape:
+            # of another number of tasks; where it fits, it is kept, since an optimiser may hold it
+            self.temperature = Temperature(self.loss, len(learned)).to(self.device)
         vocabulary = checkpoint.get("b3_vocabulary")
         if vocabulary is not None and isinstance(self.source, SmallEmbedder):
             # subwords were learned from the training texts; those of the checkpoint count, whatever pairs are given now
