@@ -35,10 +35,12 @@ $(VENV)-rapids/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-rapids
 	grep -v '^pandas' constraints.txt > $(VENV)-rapids/constraints.txt  # cuDF needs pandas 3.0
 	$(VENV)-rapids/bin/pip install --quiet --upgrade pip
-	$(VENV)-rapids/bin/pip install --quiet --constraint $(VENV)-rapids/constraints.txt --editable '.[gpu,test]'
+	$(VENV)-rapids/bin/pip install --quiet --constraint $(VENV)-rapids/constraints.txt --editable '.[gpu,test]' basedpyright
 	touch $@
 
 test-rapids: $(VENV)-rapids/installed  ## install the real GPU packages (8 GB), test against them; with a GPU, on it
+	$(VENV)-rapids/bin/basedpyright --pythonpath $(VENV)-rapids/bin/python --level error \
+		b3_lightning/mining/gpu.py b3_lightning/mining/many_gpus.py
 	HF_HUB_OFFLINE=1 $(VENV)-rapids/bin/python -m pytest tests/rapids tests/gpu tests/test_gpu.py
 
 check: $(VENV)/installed  ## format, lint, types

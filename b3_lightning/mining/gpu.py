@@ -18,7 +18,7 @@ import importlib
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -174,8 +174,12 @@ def _run_pylibcugraph(
 
 def edge_table(arcs: _Arcs, libraries: Libraries) -> Any:
     """The arcs as a cuDF table; its columns are views of the same memory."""
+    if TYPE_CHECKING:  # so that a type checker holds these calls against the real packages, where it finds them
+        import cudf
+    else:
+        cudf = libraries.cudf
     columns = {"source": arcs.from_A, "target": arcs.to_A, "weight": arcs.weight_A}
-    return libraries.cudf.DataFrame({name: libraries.cupy.from_dlpack(column) for name, column in columns.items()})
+    return cudf.DataFrame({name: libraries.cupy.from_dlpack(column) for name, column in columns.items()})
 
 
 def _run_cugraph(
@@ -188,7 +192,11 @@ def _run_cugraph(
     max_level: int,
     seed: int,
 ) -> tuple[Any, Any]:
-    cugraph = libraries.cugraph
+    if TYPE_CHECKING:
+        import cudf
+        import cugraph
+    else:
+        cudf, cugraph = libraries.cudf, libraries.cugraph
     graph = cugraph.Graph(directed=False)
     graph.from_cudf_edgelist(
         edge_table(arcs, libraries),
@@ -197,13 +205,14 @@ def _run_cugraph(
         weight="weight",
         renumber=False,
         symmetrize=False,
-        vertices=libraries.cudf.Series(libraries.cupy.from_dlpack(arcs.vertex_N)),
+        vertices=cudf.Series(libraries.cupy.from_dlpack(arcs.vertex_N)),
     )
     if algorithm == "louvain":
         found, _ = cugraph.louvain(graph, max_level=max_level, resolution=resolution, threshold=threshold)
     else:
         found, _ = cugraph.leiden(graph, max_iter=max_level, resolution=resolution, random_state=seed)
-    return found["vertex"].values, found["partition"].values
+    # cuDF declares that a column may be None
+    return found["vertex"].values, found["partition"].values  # pyright: ignore[reportOptionalMemberAccess]
 
 
 MAX_FAISS_NEIGHBORS = 2048

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -64,20 +64,29 @@ def communities(edges: Edges, libraries: DaskLibraries, settings: MiningSettings
 
     Rows without an edge, which this API leaves out, become communities of their own.
     """
+    if TYPE_CHECKING:  # so that a type checker holds these calls against the real packages, where it finds them
+        import cugraph
+        import cugraph.dask as cugraph_dask
+        import dask_cudf
+    else:
+        cugraph, cugraph_dask, dask_cudf = libraries.cugraph, libraries.cugraph_dask, libraries.dask_cudf
     permutation_N = permutation(edges.n_rows, settings.seed, torch.device("cpu"))
     with tempfile.TemporaryDirectory(prefix="b3_lightning_") as folder, libraries.cluster(settings.graph_gpus):
         _write(edges, permutation_N, Path(folder))
-        graph = libraries.cugraph.Graph(directed=False)  # undirected: it adds the other direction itself
+        graph = cugraph.Graph(directed=False)  # undirected: it adds the other direction itself
         graph.from_dask_cudf_edgelist(
-            libraries.dask_cudf.read_parquet(folder), source="source", destination="target", weight="weight"
+            dask_cudf.read_parquet(folder), source="source", destination="target", weight="weight"
         )
         if settings.communities == "louvain":
-            found, _ = libraries.cugraph_dask.louvain(
+            found, _ = cugraph_dask.louvain(
                 graph, max_level=settings.max_level, resolution=resolution, threshold=settings.threshold
             )
         else:
-            found, _ = libraries.cugraph_dask.leiden(
-                graph, max_iter=settings.max_level, resolution=resolution, random_state=settings.seed
+            found, _ = cugraph_dask.leiden(
+                graph,
+                max_iter=settings.max_level,
+                resolution=resolution,  # pyright: ignore[reportArgumentType]  # declared int = 1.0 there
+                random_state=settings.seed,
             )
         table = found.compute().to_arrow()
     vertex_V, label_V = (torch.tensor(table[name].to_numpy()).long() for name in ("vertex", "partition"))
