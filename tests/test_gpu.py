@@ -218,6 +218,16 @@ def test_neighbours_by_faiss_are_the_exact_ones() -> None:
         mine(*vectors, settings=replace(SMALL, neighbors="cuvs"))
 
 
+def test_faiss_of_the_cpu_and_too_many_neighbours_are_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    faiss = pytest.importorskip("faiss")
+    if not hasattr(faiss, "StandardGpuResources"):
+        with pytest.raises(ValueError, match="needs faiss-gpu in the place of faiss-cpu"):
+            gpu.FaissTargets(torch.eye(4))
+    monkeypatch.setattr(faiss, "StandardGpuResources", lambda: None, raising=False)
+    with pytest.raises(ValueError, match="can find 2048 at most and 2049 are needed"):
+        gpu.FaissTargets(torch.eye(4)).scan(torch.eye(4), 2049)
+
+
 def test_poor_candidates_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     planted = Planted.draw(320, 16)
     vectors = planted.embeddings.query_ND, planted.embeddings.target_ND

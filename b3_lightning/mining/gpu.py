@@ -226,6 +226,11 @@ class FaissTargets:
         import faiss
         import faiss.contrib.torch_utils  # lets knn_gpu take tensors
 
+        if not hasattr(faiss, "StandardGpuResources"):
+            raise ValueError(
+                "neighbors='faiss' on a GPU needs faiss-gpu in the place of faiss-cpu (both own one folder): "
+                "pip uninstall faiss-cpu, then pip install 'b3_lightning[gpu-cu13]'"
+            )
         self._target_MD, self._faiss = target_MD, faiss
         self._resources = faiss.StandardGpuResources()
 
