@@ -24,7 +24,8 @@ TABLES = ("cudf", "cugraph")
 """With these the edges are a cuDF table."""
 MANY = ("dask_cuda", "distributed", "dask_cudf", "cugraph")
 """With these a graph can be spread over several GPUs."""
-INSTALL = "pip install 'b3_lightning[gpu-cu13]' (or [rapids-cu13], with cuDF tables)"
+INSTALL = "pip install 'b3_lightning[gpu-cu13]', or with cuDF tables [rapids-cu13]"
+_NO_DEVICE = "torch sees no CUDA device"
 _FREE_SHARE = 0.5
 """Of the free memory, for the tiles of a search; the rest is left to the library of the next stage."""
 
@@ -67,19 +68,24 @@ def missing(modules: Sequence[str]) -> list[str]:
     return [name for name in modules if importlib.util.find_spec(name) is None]
 
 
+def why_no_gpu() -> str | None:
+    """What the GPU backend lacks here, and the command that brings it; None where it lacks nothing."""
+    absent = missing(SLIM)
+    lacks = [] if torch.cuda.is_available() else [_NO_DEVICE]
+    if absent:
+        lacks.append(f"{', '.join(absent)} not installed: {INSTALL}")
+    return "; ".join(lacks) or None
+
+
 def choose_backend(settings: MiningSettings) -> Backend:
     """Settle ``backend``, and say why.
 
     Raises:
         ValueError: where ``gpu`` is asked for and a device or a package is missing.
     """
-    absent = missing(SLIM)
-    if settings.backend != "cpu" and torch.cuda.is_available() and not absent:
+    reason = "backend=cpu" if settings.backend == "cpu" else why_no_gpu()
+    if reason is None:
         return _gpu(settings)
-    if not torch.cuda.is_available():
-        reason = "torch sees no CUDA device"
-    else:
-        reason = f"{', '.join(absent)} not installed: {INSTALL}"
     if settings.backend == "gpu":
         raise ValueError(f"data.mining.backend=gpu cannot be had: {reason}. Set it to cpu or auto")
     for given, needed in (
@@ -90,6 +96,8 @@ def choose_backend(settings: MiningSettings) -> Backend:
             raise ValueError(f"data.mining.{given} needs the GPU backend: {reason}")
     if settings.backend == "cpu":
         return CPU
+    if not torch.cuda.is_available():
+        reason = _NO_DEVICE  # what else is missing matters only to those who have one
     log.info("mining on the CPU: %s", reason)
     return replace(CPU, reason=reason)
 

@@ -11,10 +11,11 @@ import sys
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from b3_lightning import __version__
-from b3_lightning.mining.backends import INSTALL, SLIM, TABLES, Backend, choose_backend, installed, missing
+from b3_lightning.mining.backends import SLIM, TABLES, Backend, choose_backend, installed, why_no_gpu
 from b3_lightning.mining.selftest import check_backend
 from b3_lightning.mining.settings import MiningSettings
 
@@ -39,7 +40,7 @@ def run(given: argparse.Namespace) -> None:
     for name in (given.backend,) if given.backend else ("cpu", "gpu"):
         backend = _available(name)
         if isinstance(backend, str):
-            table.add_row(name, "-", backend, "absent")
+            table.add_row(name, "-", escape(backend), "absent")
             passed &= given.backend is None
             continue
         for check in check_backend(backend, n_rows=given.rows):
@@ -52,10 +53,9 @@ def run(given: argparse.Namespace) -> None:
 
 def _available(name: str) -> Backend | str:
     """The backend, or why it cannot run."""
-    if name == "gpu" and not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    if name == "gpu" and missing(SLIM):
-        return f"{', '.join(missing(SLIM))} not installed: {INSTALL}"
+    lacks = why_no_gpu() if name == "gpu" else None
+    if lacks is not None:
+        return lacks
     return choose_backend(MiningSettings(backend="gpu" if name == "gpu" else "cpu"))
 
 
