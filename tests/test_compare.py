@@ -17,12 +17,13 @@ import wandb
 import yaml
 from browser import CHROMIUM, Browser
 from conftest import Run as Fit
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from b3_lightning.cli import main
 from b3_lightning.model.metrics import PairedDifference, RetrievalMetrics, paired_bootstrap, rank_metrics
-from b3_lightning.reports.compare import Comparison, significance
+from b3_lightning.reports.compare import Comparison, _table, significance
 from b3_lightning.reports.offline import is_number, read_offline_run
 from b3_lightning.reports.runs import Ranks, Run, load_runs
 
@@ -281,3 +282,11 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
         assert browser.ask("document.querySelectorAll('svg .line').length") >= 8
         assert browser.errors == []
         assert {url.split(":")[0] for url in browser.requests} == {"file"}
+
+
+def test_what_looks_like_markup_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    for names in (["[red] run"], ["[red] run"] * 9):
+        Console().print(_table("t", "setting", names, {"model.lora.target_modules": ["[q_proj]"] * len(names)}))
+        said = capsys.readouterr().out
+        assert "[red] run" in said
+        assert "[q_proj]" in said

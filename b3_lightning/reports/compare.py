@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from b3_lightning.model.metrics import PairedDifference, paired_bootstrap, query_metrics
@@ -139,13 +140,13 @@ def _with_metric(runs: Sequence[Run], metric: str, console: Console) -> list[Run
 
 def _table(title: str, corner: str, names: Sequence[str], rows: dict[str, list[str]]) -> Table:
     if len(names) <= _MOST_COLUMNS:
-        table = Table(corner, *names, title=title)
+        table = Table(corner, *map(escape, names), title=title)
         for name, values in rows.items():
-            table.add_row(name, *values)
+            table.add_row(escape(name), *map(escape, values))
         return table
-    table = Table("run", *rows, title=title)
+    table = Table("run", *map(escape, rows), title=title)
     for index, name in enumerate(names):
-        table.add_row(name, *(values[index] for values in rows.values()))
+        table.add_row(escape(name), *(escape(values[index]) for values in rows.values()))
     return table
 
 

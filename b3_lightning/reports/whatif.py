@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from b3_lightning.mining.store import write_atomic, write_text
@@ -43,7 +44,7 @@ _HEAD = (
 def tell_what_if(console: Console, answers: Sequence[TaskAnswer], batch_size: int, folder: Path) -> None:
     """Print the advice for every task and write what_if.html and what_if.parquet."""
     for answer in answers:
-        console.print(f"\n[bold]task {answer.name}[/]: {_rows(answer)}", highlight=False)
+        console.print(f"\n[bold]task {escape(answer.name)}[/]: {_rows(answer)}", highlight=False)
         console.print(_table(answer, batch_size))
         for line in advice(answer, batch_size):
             console.print(f"- {line}", highlight=False, markup=False)
