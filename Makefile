@@ -4,7 +4,7 @@ VENV ?= .venv
 WORKERS ?= 2
 RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
 
-.PHONY: help demo compare test test-rapids check clean
+.PHONY: help demo compare test test-rapids check docs clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -48,5 +48,16 @@ check: $(VENV)/installed  ## format, lint, types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
+# the extra alone: the sources are read, not imported, so the site needs no torch
+$(VENV)-docs/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(PYTHON) -c 'import tomllib; found = tomllib.load(open("pyproject.toml", "rb")); \
+		print(*found["project"]["optional-dependencies"]["docs"], sep="\n")' > $(VENV)-docs/requirements.txt
+	$(VENV)-docs/bin/pip install --quiet --constraint constraints.txt --requirement $(VENV)-docs/requirements.txt
+	touch $@
+
+docs: $(VENV)-docs/installed  ## build the documentation site into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict  # with --quiet, warnings would pass
+
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) data/glyphs runs/quickstart runs/quickstart-random
+	rm -rf $(VENV) $(VENV)-docs build/site data/glyphs runs/quickstart runs/quickstart-random

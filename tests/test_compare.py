@@ -37,7 +37,8 @@ def test_an_offline_file_holds_what_metrics_csv_holds_and_the_plans_page(fit: Fi
         "image-text", SMALL, f"--data.teacher={vectors}", "--run.wandb=offline", "--trainer.log_every_n_steps=2",
         "--hardness.every_n_steps=3", "--report.limits={n_clusters: 3}",
     )  # fmt: skip
-    wandb.finish()  # else it is the end of the process that empties W&B's queue
+    wandb.finish()
+    wandb.teardown()  # else it is the end of the process that surely empties W&B's queue
     (file,) = run.glob("wandb/offline-run-*/*.wandb")
     (offline,), (local,) = load_runs([str(file)]), load_runs([str(run)])
     kept = [row for row in offline.rows if set(row) != {"step"}]  # the others hold a table, pictures, the page
