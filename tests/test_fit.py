@@ -219,7 +219,10 @@ def test_mine_writes_a_plan_that_fit_trains_on(fit: Run, models: dict[str, str],
         *settings,
     ]
     main(command)
-    assert "large red circle" in (output / "report.md").read_text()
+    report = (output / "report.md").read_text()
+    assert "large red circle" in report
+    edges = MinedPlan.load(output).edges
+    assert f"| {len(edges)} | " in report.split("inside a cluster |")[1].splitlines()[2]
     main([*command, f"--output={tmp_path / 'own'}", "--data.teacher=student"])
     assert MinedPlan.load(tmp_path / "own").n_rows == 96
     run = fit("text-text", *settings, f"--data.plan={output}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from b3_lightning.data import PairTable
 from b3_lightning.mining import MinedPlan
 from b3_lightning.mining.store import write_text
+from b3_lightning.mining.tables import count_edges, read_edges
 from b3_lightning.types import PADDING
 
 _N_SHOWN = 5
@@ -28,7 +29,7 @@ _MEANING = {
 
 
 def write_plan_report(mined: MinedPlan, pairs: PairTable, path: Path) -> None:
-    """Write the report; shows the rows of a few clusters spread over the plan."""
+    """Write the report into the folder of the saved plan; shows the rows of a few clusters spread over the plan."""
     lines = ["# Mined plan", "", "| | | |", "|---|---|---|"]
     for name, value in mined.summary().items():
         shown = f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
@@ -38,6 +39,9 @@ def write_plan_report(mined: MinedPlan, pairs: PairTable, path: Path) -> None:
     for task, choice in mined.ranks.items():
         kind = "labels" if choice.labels else "ranks"
         lines.append(f"| {_cell(task)} | {kind} {choice.first_rank} to {choice.last_rank} | {choice.reason} |")
+    lines += ["", "| task | edges | inside a community | inside a cluster |", "|---|---|---|---|"]
+    for task, *counts in count_edges(read_edges(path.parent)).iter_rows():
+        lines.append(f"| {_cell(task)} | {' | '.join(f'{count:,}' for count in counts)} |")
     lines.append("")
     queries, targets = pairs.items("query"), pairs.items("target")
     step = max(1, len(mined.clusters) // _N_SHOWN)
