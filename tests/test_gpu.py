@@ -34,9 +34,8 @@ def graph(n_rows: int = 7) -> Edges:
 
 def found(edges: Edges, tables: bool, algorithm: Any = "louvain", seed: int = 0) -> list[int]:
     label_N = gpu.communities(
-        edges, gpu_twin.libraries(tables=tables), algorithm=algorithm, resolution=1.0, threshold=1e-7, max_level=100,
-        seed=seed,
-    )  # fmt: skip
+        edges, gpu_twin.libraries(tables=tables), MiningSettings(communities=algorithm, seed=seed)
+    )
     return Communities.from_labels(label_N).label_N.tolist()
 
 
@@ -70,7 +69,7 @@ def test_a_lost_vertex_is_an_error_and_a_wrong_argument_is_seen(monkeypatch: pyt
     short = gpu_twin.libraries(tables=False)
     monkeypatch.setattr(short.pylibcugraph, "louvain", lambda **_: (np.arange(3), np.arange(3), 0.0))
     with pytest.raises(RuntimeError, match="labelled 3 of 7 vertices"):
-        gpu.communities(graph(), short, algorithm="louvain", resolution=1.0, threshold=1e-7, max_level=9, seed=0)
+        gpu.communities(graph(), short, MiningSettings(max_level=9))
     with pytest.raises(TypeError, match="random_state"):
         gpu_twin.bind("cugraph.louvain", "graph", random_state=1)
 
@@ -80,7 +79,7 @@ def test_many_gpus_put_the_rows_without_edges_back_and_end_what_they_begin() -> 
     settings = MiningSettings(graph_gpus=4)
     for communities in ("louvain", "leiden"):
         label_N = many_gpus.communities(
-            graph(9), gpu_twin.dask_libraries(log), replace(settings, communities=communities), resolution=1.0
+            graph(9), gpu_twin.dask_libraries(log), replace(settings, communities=communities)
         )
         assert Communities.from_labels(label_N).label_N.tolist() == [0, 0, 0, 1, 1, 1, 2, 3, 4]
     assert log[:6] == ["enter 4 workers", "enter client", "comms", "comms ended", "exit client", "exit 4 workers"]

@@ -10,40 +10,25 @@ from b3_lightning.mining.settings import MiningSettings
 from b3_lightning.types import Communities, Edges
 
 
-def find_communities(
-    edges: Edges, settings: MiningSettings, backend: Backend, *, resolution: float | None = None
-) -> Communities:
+def find_communities(edges: Edges, settings: MiningSettings, backend: Backend) -> Communities:
     """Group rows that are hard for one another.
 
     ``louvain`` and ``leiden`` find groups of any size, ``metis`` about N / K groups of about K rows (B3's own choice);
     ``kaminpar`` and ``none`` leave all rows in one group, to be cut as a whole. A row without edges is a community of
     its own under ``louvain`` and ``leiden``, which run where the backend is; the others run on the host.
-
-    Args:
-        resolution: instead of the one set.
     """
     algorithm, device = settings.communities, edges.source_E.device
-    resolution = settings.resolution if resolution is None else resolution
     if algorithm in ("kaminpar", "none") or len(edges) == 0:
         return Communities(edges.source_E.new_zeros(edges.n_rows))
     if algorithm == "metis":
         n_parts = math.ceil(edges.n_rows / settings.cluster_size)
         label_N = cpu.metis_parts(on_host(edges, "METIS"), n_parts=n_parts, seed=settings.seed)
         return Communities.from_labels(label_N.to(device))
-    assert algorithm in ("louvain", "leiden")
     if backend.many is not None:
-        label_N = many_gpus.communities(on_host(edges, "Dask"), backend.many, settings, resolution=resolution)
-        return Communities.from_labels(label_N.to(device))
-    if backend.libraries is not None:
-        label_N = gpu.communities(
-            edges,
-            backend.libraries,
-            algorithm="louvain" if algorithm == "louvain" else "leiden",
-            resolution=resolution,
-            threshold=settings.threshold,
-            max_level=settings.max_level,
-            seed=settings.seed,
-        )
-        return Communities.from_labels(label_N)
-    find = cpu.louvain if algorithm == "louvain" else cpu.leiden
-    return Communities.from_labels(find(edges, resolution=resolution, seed=settings.seed))
+        label_N = many_gpus.communities(on_host(edges, "Dask"), backend.many, settings).to(device)
+    elif backend.libraries is not None:
+        label_N = gpu.communities(edges, backend.libraries, settings)
+    else:
+        find = cpu.louvain if algorithm == "louvain" else cpu.leiden
+        label_N = find(edges, resolution=settings.resolution, seed=settings.seed)
+    return Communities.from_labels(label_N)

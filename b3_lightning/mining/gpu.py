@@ -15,19 +15,17 @@ Shapes: N = rows, E = edges, A = arcs (each edge in both directions).
 from __future__ import annotations
 
 import importlib
-import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from b3_lightning.mining.groups import permutation
+from b3_lightning.mining.settings import MiningSettings
 from b3_lightning.types import Edges
-
-log = logging.getLogger(__name__)
 
 _GRID = 2.0**20
 _MAX_INT32 = 2**31 - 1
@@ -64,32 +62,15 @@ class _Arcs:
     permutation_N: Tensor
 
 
-def communities(
-    edges: Edges,
-    libraries: Libraries,
-    *,
-    algorithm: Literal["louvain", "leiden"],
-    resolution: float,
-    threshold: float,
-    max_level: int,
-    seed: int,
-) -> Tensor:
-    """(N,) int64: a community label for every row, any numbers, on the device of the edges.
-
-    Args:
-        threshold: Louvain stops where a level gains less modularity; cuGraph's Leiden has 1e-4 built in.
-        max_level: at most so many levels.
-    """
+def communities(edges: Edges, libraries: Libraries, settings: MiningSettings) -> Tensor:
+    """(N,) int64: a community label for every row, any numbers, on the device of the edges."""
     with _on(edges.source_E.device):
-        arcs = _arcs(edges, seed)
+        arcs = _arcs(edges, settings.seed)
         _synchronize(edges.source_E)  # the libraries' streams do not wait for torch's
         if edges.source_E.is_cuda:
             torch.cuda.empty_cache()  # cuGraph allocates past torch's pool
         run = _run_pylibcugraph if libraries.cugraph is None else _run_cugraph
-        vertex, label = run(
-            arcs, libraries, algorithm=algorithm, resolution=resolution, threshold=threshold, max_level=max_level,
-            seed=seed,
-        )  # fmt: skip
+        vertex, label = run(arcs, libraries, settings)
         _synchronize(edges.source_E)
         return _labels(vertex, label, arcs.permutation_N)
 
@@ -134,16 +115,7 @@ def _labels(vertex: Any, label: Any, permutation_N: Tensor) -> Tensor:
     return label_N[permutation_N]
 
 
-def _run_pylibcugraph(
-    arcs: _Arcs,
-    libraries: Libraries,
-    *,
-    algorithm: str,
-    resolution: float,
-    threshold: float,
-    max_level: int,
-    seed: int,
-) -> tuple[Any, Any]:
+def _run_pylibcugraph(arcs: _Arcs, libraries: Libraries, settings: MiningSettings) -> tuple[Any, Any]:
     plc, array = libraries.pylibcugraph, libraries.cupy.from_dlpack
     handle = plc.ResourceHandle()
     graph = plc.SGGraph(
@@ -162,13 +134,13 @@ def _run_pylibcugraph(
         symmetrize=False,
     )
     about: dict[str, Any] = {
-        "resource_handle": handle, "graph": graph, "max_level": max_level, "resolution": resolution,
+        "resource_handle": handle, "graph": graph, "max_level": settings.max_level, "resolution": settings.resolution,
         "do_expensive_check": False,
     }  # fmt: skip
-    if algorithm == "louvain":
-        vertex, label, _ = plc.louvain(**about, threshold=threshold)
+    if settings.communities == "louvain":
+        vertex, label, _ = plc.louvain(**about, threshold=settings.threshold)
     else:
-        vertex, label, _ = plc.leiden(**about, random_state=seed, theta=1.0)
+        vertex, label, _ = plc.leiden(**about, random_state=settings.seed, theta=1.0)
     return vertex, label
 
 
@@ -182,16 +154,7 @@ def edge_table(arcs: _Arcs, libraries: Libraries) -> Any:
     return cudf.DataFrame({name: libraries.cupy.from_dlpack(column) for name, column in columns.items()})
 
 
-def _run_cugraph(
-    arcs: _Arcs,
-    libraries: Libraries,
-    *,
-    algorithm: str,
-    resolution: float,
-    threshold: float,
-    max_level: int,
-    seed: int,
-) -> tuple[Any, Any]:
+def _run_cugraph(arcs: _Arcs, libraries: Libraries, settings: MiningSettings) -> tuple[Any, Any]:
     if TYPE_CHECKING:
         import cudf
         import cugraph
@@ -207,10 +170,14 @@ def _run_cugraph(
         symmetrize=False,
         vertices=cudf.Series(libraries.cupy.from_dlpack(arcs.vertex_N)),
     )
-    if algorithm == "louvain":
-        found, _ = cugraph.louvain(graph, max_level=max_level, resolution=resolution, threshold=threshold)
+    if settings.communities == "louvain":
+        found, _ = cugraph.louvain(
+            graph, max_level=settings.max_level, resolution=settings.resolution, threshold=settings.threshold
+        )
     else:
-        found, _ = cugraph.leiden(graph, max_iter=max_level, resolution=resolution, random_state=seed)
+        found, _ = cugraph.leiden(
+            graph, max_iter=settings.max_level, resolution=settings.resolution, random_state=settings.seed
+        )
     # cuDF declares that a column may be None
     return found["vertex"].values, found["partition"].values  # pyright: ignore[reportOptionalMemberAccess]
 

@@ -59,7 +59,7 @@ class DaskLibraries:
                 self.comms.destroy()
 
 
-def communities(edges: Edges, libraries: DaskLibraries, settings: MiningSettings, *, resolution: float) -> Tensor:
+def communities(edges: Edges, libraries: DaskLibraries, settings: MiningSettings) -> Tensor:
     """(N,) int64 labels on the CPU; equal for one number of GPUs and one seed, as far as cuGraph is.
 
     Rows without an edge, which this API leaves out, become communities of their own.
@@ -79,13 +79,13 @@ def communities(edges: Edges, libraries: DaskLibraries, settings: MiningSettings
         )
         if settings.communities == "louvain":
             found, _ = cugraph_dask.louvain(
-                graph, max_level=settings.max_level, resolution=resolution, threshold=settings.threshold
+                graph, max_level=settings.max_level, resolution=settings.resolution, threshold=settings.threshold
             )
         else:
             found, _ = cugraph_dask.leiden(
                 graph,
                 max_iter=settings.max_level,
-                resolution=resolution,  # pyright: ignore[reportArgumentType]  # declared int = 1.0 there
+                resolution=settings.resolution,  # pyright: ignore[reportArgumentType]  # declared int = 1.0 there
                 random_state=settings.seed,
             )
         table = found.compute().to_arrow()

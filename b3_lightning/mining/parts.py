@@ -9,6 +9,7 @@ Shapes: N = rows, R = rows of communities that are too large.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -48,14 +49,13 @@ def kaminpar_parts(edges: Edges, communities: Communities, *, n_parts: int, seed
 
 def louvain_parts(edges: Edges, communities: Communities, settings: MiningSettings, backend: Backend) -> Tensor:
     """(N,) parts: communities of more than K rows are divided at ever higher resolutions."""
-    resolution = settings.resolution
     for _ in range(_ROUNDS):
-        resolution *= _FINER
+        settings = replace(settings, resolution=_FINER * settings.resolution)
         label_N = communities.label_N
         row_R = (torch.bincount(label_N)[label_N] > settings.cluster_size).nonzero().flatten()
         if len(row_R) == 0:
             break
-        found = find_communities(_subgraph(edges.within(label_N), row_R), settings, backend, resolution=resolution)
+        found = find_communities(_subgraph(edges.within(label_N), row_R), settings, backend)
         finer_N = label_N.clone()
         finer_N[row_R] = found.label_N + len(communities)
         communities = Communities.from_labels(finer_N)

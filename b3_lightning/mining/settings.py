@@ -65,7 +65,8 @@ class MiningSettings:
         communities: ``louvain`` or ``leiden`` (then cut by KaMinPar inside the communities), ``metis`` (the paper's own
             k-way partition), ``kaminpar`` (on the whole graph), or ``none`` (random clusters, only improved by swaps).
         resolution: of Louvain and Leiden; above 1 gives smaller communities.
-        threshold: cuGraph's Louvain stops where a level gains less modularity; networkit's has no such setting.
+        threshold: cuGraph's Louvain stops where a level gains less modularity; its Leiden has 1e-4 built in, and
+            networkit's algorithms have no such setting.
         max_level: of cuGraph's Louvain and Leiden, 500 at most.
         graph_gpus: above 1, communities are found on so many GPUs of this machine by Dask, for graphs that one cannot
             hold (extra ``rapids-cu13``).

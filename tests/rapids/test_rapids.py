@@ -14,7 +14,7 @@ pytest.importorskip("cugraph")
 
 import signatures
 
-from b3_lightning.mining import gpu
+from b3_lightning.mining import MiningSettings, gpu
 from b3_lightning.mining.selftest import Planted
 from b3_lightning.types import Edges
 
@@ -42,7 +42,7 @@ def libraries(**tables: Any) -> gpu.Libraries:
 def run(found: gpu.Libraries, algorithm: Any = "louvain") -> None:
     ids = torch.arange(9)
     edges = Edges(ids[:-1], ids[1:], torch.ones(8), 10)
-    gpu.communities(edges, found, algorithm=algorithm, resolution=1.0, threshold=1e-7, max_level=100, seed=0)
+    gpu.communities(edges, found, MiningSettings(communities=algorithm))
 
 
 def test_the_committed_signatures_are_the_installed_ones() -> None:
