@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 
 from b3_lightning.data.pairs import TEXT_AND_IMAGE, Item, PairSource, read_negatives, read_strings, read_table
+from b3_lightning.mining.groups import permutation
 from b3_lightning.types import name_rows
 
 ALIASES = {
@@ -92,7 +93,7 @@ def deal_batches(n_rows: int, batch_size: int, *, in_order: bool, seed: int = 0)
     """Batches such as a trainer makes of plain pairs: shuffled, or in the file's order; the last may be shorter."""
     if not 2 <= batch_size <= n_rows:
         raise ValueError(f"batch_size={batch_size} must lie between 2 and the {n_rows} rows")
-    rows = torch.arange(n_rows) if in_order else torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed))
+    rows = torch.arange(n_rows) if in_order else permutation(n_rows, seed, torch.device("cpu"))
     return {batch: part.tolist() for batch, part in enumerate(rows.split(batch_size))}
 
 

@@ -109,11 +109,8 @@ class PairMiner:
             embeddings = self._vectors(request, stages, progress)
             about: dict[str, Any] = {
                 "settings": self._settings(request),
-                "target_keys": self.train.keys["target"],
-                "query_keys": self.train.keys["query"],
-                "groups": self.train.pairs.groups,
-                "tasks": self.train.pairs.tasks,
                 "stages": stages,
+                **self._values(),
             }
             vector_pair = embeddings.query_ND, embeddings.target_ND
             if not trainer.is_global_zero:
@@ -140,11 +137,18 @@ class PairMiner:
                 questions=questions,
                 stages=Stages(self.cache),
                 progress=progress,
-                target_keys=self.train.keys["target"],
-                query_keys=self.train.keys["query"],
-                groups=self.train.pairs.groups,
-                tasks=self.train.pairs.tasks,
+                **self._values(),
             )
+
+    def _values(self) -> dict[str, Any]:
+        """Of every row: what makes it alike to others, and its task."""
+        keys, pairs = self.train.keys, self.train.pairs
+        return {
+            "target_keys": keys["target"],
+            "query_keys": keys["query"],
+            "groups": pairs.groups,
+            "tasks": pairs.tasks,
+        }
 
     def key(self, request: MiningRequest) -> str:
         """Of all that a plan depends on: equal keys, equal plans."""

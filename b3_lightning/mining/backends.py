@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import importlib.util
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -155,16 +153,3 @@ def gpu_bytes(n_rows: int, n_dims: int, n_ranks: int) -> dict[str, int]:
         "neighbours": n_rows * (4 * n_dims + 24) + 2**28,
         "graph": n_rows * n_ranks * (8 + 4 + 2) + 3 * 16 * n_rows * n_ranks,
     }
-
-
-@functools.cache
-def _distributions() -> Mapping[str, list[str]]:
-    return importlib.metadata.packages_distributions()  # reads every package: a second
-
-
-def installed(module: str) -> str | None:
-    """The version of an installed module, whatever its package is called; None where there is none."""
-    if importlib.util.find_spec(module) is None:
-        return None
-    names = _distributions().get(module, [])
-    return importlib.metadata.version(names[0]) if names else "unknown"

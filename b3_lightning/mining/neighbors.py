@@ -80,18 +80,18 @@ def find_neighbors(
     Raises:
         ValueError: on shapes that disagree and on vectors longer than 1 or not finite.
     """
-    device = device or target_MD.device
     index = TargetIndex(
-        target_MD.to(device),
+        target_MD,
         n_neighbors=n_neighbors,
-        target_keys=[target_key_M.to(device) for _, target_key_M in exclude],
+        target_keys=[target_key_M for _, target_key_M in exclude],
         memory_budget_gib=memory_budget_gib,
         candidate_dtype=candidate_dtype,
+        device=device,
     )
 
     def search(tile: slice) -> tuple[Tensor, Tensor]:
-        keys = [query_key_N[tile].to(device) for query_key_N, _ in exclude]
-        ids_QW, scores_QW = index.search(query_ND[tile].to(device), keys)
+        keys = [query_key_N[tile].to(index.device) for query_key_N, _ in exclude]
+        ids_QW, scores_QW = index.search(query_ND[tile].to(index.device), keys)
         return ids_QW.to(query_ND.device), scores_QW.to(query_ND.device)
 
     return search_in_tiles(search, query_ND, n_neighbors, stage, progress)
@@ -142,13 +142,15 @@ class TargetIndex:
         target_keys: Sequence[Tensor] = (),
         memory_budget_gib: float = 1.0,
         candidate_dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
     ) -> None:
         for key_M in target_keys:
             if len(key_M) != len(target_MD):
                 raise ValueError(f"{len(key_M)} target keys for {len(target_MD)} targets; one each is needed")
-        self.target_MD = target_MD
+        self.device = device or target_MD.device
+        self.target_MD = target_MD = target_MD.to(self.device)
         self.n_neighbors = n_neighbors
-        self.exclusions = Exclusions(target_keys)
+        self.exclusions = Exclusions([key_M.to(self.device) for key_M in target_keys])
         self._budget_bytes = int(memory_budget_gib * 2**30)
         self._n_key_pairs = len(target_keys)
         dtypes: list[torch.dtype] = []

@@ -157,15 +157,21 @@ class Search:
 
     def rank(self, task: Task, choice: RankChoice) -> Neighbors:
         settings, embeddings = self.settings, task.embeddings
+        device = self.backend.device
         search: dict[str, Any] = {
-            "device": self.backend.device,
             "memory_budget_gib": self.backend.budget_gib(settings),
             "stage": self._stage(task, choice),
             "progress": self.progress,
         }
         if choice.labels:
             return rank_labels(
-                embeddings, task.keys[0], task.keys[1:], n_ranks=choice.n_ranks, seed=settings.seed, **search
+                embeddings,
+                task.keys[0],
+                task.keys[1:],
+                n_ranks=choice.n_ranks,
+                seed=settings.seed,
+                device=device,
+                **search,
             )
         query_ND, target_ND = embeddings.query_ND, embeddings.target_ND
         search |= {
@@ -173,15 +179,14 @@ class Search:
             "exclude": [(key_N, key_N) for key_N in task.keys],
         }
         if settings.neighbors == "exact":
-            ids_NW, scores_NW = find_neighbors(query_ND, target_ND, **search)
+            ids_NW, scores_NW = find_neighbors(query_ND, target_ND, device=device, **search)
         else:
             search |= {"min_recall": settings.min_recall, "seed": settings.seed}
-            if settings.neighbors == "approximate":
-                del search["device"]  # the lists are faiss's on the CPU
+            if settings.neighbors == "approximate":  # on the CPU alone
                 found = find_neighbors_approximately(query_ND, target_ND, **search)
             else:
-                found = find_neighbors_with(settings.neighbors, query_ND, target_ND, **search)
-            log.info("task %r: recall of the neighbours %.4f, %d lists a row", task.name, found.recall, found.n_probes)
+                found = find_neighbors_with(settings.neighbors, query_ND, target_ND, device=device, **search)
+            log.info("task %r: recall of the neighbours %.4f", task.name, found.recall)
             ids_NW, scores_NW = found.ids_NW, found.scores_NW
         return Neighbors(ids_NW, scores_NW, positive_scores(query_ND, target_ND))
 

@@ -53,7 +53,7 @@ class Reranker:
 
     def __init__(self, exact: TargetIndex, exclude: Sequence[tuple[Tensor, Tensor]], memory_budget_gib: float) -> None:
         self.exact, self._budget_gib = exact, memory_budget_gib
-        device = exact.target_MD.device
+        device = exact.device
         self._keys = [(query_key_N.to(device), target_key_M.to(device)) for query_key_N, target_key_M in exclude]
 
     def exact_ids(self, query_QD: Tensor, rows: Tensor) -> Tensor:
@@ -120,13 +120,14 @@ def find_neighbors_with(
     Raises:
         ValueError: where recall stays below ``min_recall``; and as ``find_neighbors`` does.
     """
-    device = device or target_MD.device
     exact = TargetIndex(
-        target_MD.to(device),
+        target_MD,
         n_neighbors=n_neighbors,
-        target_keys=[target_key_M.to(device) for _, target_key_M in exclude],
+        target_keys=[target_key_M for _, target_key_M in exclude],
         memory_budget_gib=memory_budget_gib,
+        device=device,
     )
+    device = exact.device
     source = _source(library, exact.target_MD)
     reranker = Reranker(exact, exclude, memory_budget_gib)
     n_best = min(n_neighbors + SPARE, len(target_MD))

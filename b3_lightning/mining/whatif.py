@@ -250,7 +250,7 @@ class _Judge:
         query_ND, target_ND = task.embeddings.query_ND, task.embeddings.target_ND
         self._query_ND, self._target_ND, self._keys = query_ND, target_ND, task.keys
         self.n_rows, self.reliable, self.seed = len(task.ids), reliable, seed
-        order = torch.randperm(self.n_rows, generator=torch.Generator().manual_seed(seed))
+        order = permutation(self.n_rows, seed, query_ND.device)
         sample, other = order[:_N_ANCHORS], order.roll(1)[:_N_ANCHORS]
         self._positive_N = positive_scores(query_ND, target_ND)
         self._near = [(vector_ND, near_distance(vector_ND, sample, other)) for vector_ND in (query_ND, target_ND)]

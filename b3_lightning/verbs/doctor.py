@@ -6,8 +6,10 @@ Ends with 1 where a test fails, or where --backend names one that cannot run her
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import platform
 import sys
+from collections.abc import Mapping
 
 import torch
 from rich.console import Console
@@ -15,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from b3_lightning import __version__
-from b3_lightning.mining.backends import SLIM, TABLES, Backend, choose_backend, installed, why_no_gpu
+from b3_lightning.mining.backends import SLIM, TABLES, Backend, choose_backend, missing, why_no_gpu
 from b3_lightning.mining.selftest import check_backend
 from b3_lightning.mining.settings import MiningSettings
 
@@ -61,11 +63,18 @@ def _available(name: str) -> Backend | str:
 
 def _versions() -> Table:
     table = Table(show_header=False, title="packages", box=None, padding=(0, 2))
-    found = [(name, installed(name) or "-") for name in MODULES]
+    packages = importlib.metadata.packages_distributions()  # reads every package: a second
+    found = [(name, _version(name, packages)) for name in MODULES]
     width = 3
     for start in range(0, len(found), width):
         table.add_row(*(f"{name} [bold]{version}[/]" for name, version in found[start : start + width]))
     return table
+
+
+def _version(module: str, packages: Mapping[str, list[str]]) -> str:
+    if missing([module]):
+        return "-"
+    return importlib.metadata.version(packages[module][0]) if module in packages else "unknown"
 
 
 def _devices() -> Table:
