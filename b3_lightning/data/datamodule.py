@@ -97,6 +97,7 @@ class PairsDataModule(L.LightningDataModule):
         self.after_mining: list[Callable[[MinedPlan | None, MinedPlan, int, float], None]] = []
         self._batch_plan: BatchPlan | None = None
         self._splits: dict[str, Split] = {}
+        self._checked = False
         self._in_use: dict[str, Any] = {}
         self._decided_epoch = -1
         self._resume_from: dict[str, Any] | None = None
@@ -117,8 +118,9 @@ class PairsDataModule(L.LightningDataModule):
             if sources is None:
                 raise ValueError(f"data.{name}_pairs is not set; give a pairs file, such as --data.{name}_pairs=FILE")
             self._splits[name] = Split.read(sources, self.image_root, self.image_check)
-        if "train" in splits:
+        if "train" in splits and not self._checked:
             self._check_training()
+            self._checked = True  # ``fit`` sets up twice, and a plan's checksums take time
 
     def _check_training(self) -> None:
         pairs = self.pairs("train")
@@ -327,7 +329,7 @@ class PairsDataModule(L.LightningDataModule):
     def _about(self) -> dict[str, Any]:
         """What the batches of a run depend on."""
         return {
-            "pairs": self._splits["train"].fingerprint,
+            "pairs": self.fingerprint("train"),
             "task_weights": self.pairs("train").task_weights,
             "batches": self.batches,
             "batch_size": self.batch_size,

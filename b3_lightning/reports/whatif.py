@@ -17,6 +17,7 @@ from rich.table import Table
 
 from b3_lightning.mining.store import write_atomic, write_text
 from b3_lightning.mining.whatif import Figure, TaskAnswer
+from b3_lightning.reports.page import page, section, table
 
 MOST_SUSPECTED = 0.2
 """A setting is not advised where more of the rows have a suspected false negative in their batch."""
@@ -136,39 +137,31 @@ def _figures(answers: Sequence[TaskAnswer]) -> pa.Table:
 
 
 def _page(answers: Sequence[TaskAnswer], batch_size: int) -> str:
-    parts = [
-        "<!doctype html><meta charset=utf-8><title>What mining will buy</title><style>"
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}svg{max-width:100%;"
-        "height:auto}table{border-collapse:collapse}td,th{padding:.15rem .7rem;text-align:right;"
-        "border-bottom:1px solid #ddd}</style><h1>What mining will buy</h1>"
-    ]
+    title = "What mining will buy"
+    parts = [f"<h1>{title}</h1>"]
     for answer in answers:
-        said = "".join(f"<li>{html.escape(line)}" for line in advice(answer, batch_size))
-        parts.append(
-            f"<h2>{html.escape(answer.name)}</h2><p>{_rows(answer)}<ul>{said}</ul>{_picture(answer, batch_size)}"
-        )
-        head = "".join(f"<th>{name}" for name in _HEAD)
-        parts.append(f"<details><summary>all figures</summary><table><tr>{head}")
-        parts += [_line("random", figure) for figure in answer.random]
-        parts += [_line("mined", figure) for figure in answer.mined]
-        parts.append("</table></details>")
-    return "".join([*parts, f"<p>{_ASSUMED}"])
+        said = "".join(f"<li>{html.escape(line)}</li>" for line in advice(answer, batch_size))
+        rows = [_line(kind, figure) for kind in ("random", "mined") for figure in getattr(answer, kind)]
+        figures = table(_HEAD, rows, label=f"all figures of {answer.name}")
+        picture = f'<div class="drawn">{_picture(answer, batch_size)}</div>'
+        told = f"<ul>{said}</ul>{picture}<details><summary>all figures</summary>{figures}</details>"
+        parts.append(section(answer.name, told, _rows(answer)))
+    return page(title, "".join([*parts, f'<p class="intro">{html.escape(_ASSUMED)}</p>']))
 
 
-def _line(kind: str, figure: Figure) -> str:
+def _line(kind: str, figure: Figure) -> tuple[str, ...]:
     mined = kind == "mined"
-    cells = (
+    return (
         kind,
         f"{figure.first_rank} to {figure.first_rank + figure.n_ranks - 1}" if mined else "",
-        figure.cluster_size if mined else "",
-        figure.batch_size,
+        f"{figure.cluster_size}" if mined else "",
+        f"{figure.batch_size}",
         f"{figure.hardness:.3f}",
         f"{figure.clean:.3f}",
         f"{figure.suspected:.1%}",
         f"{figure.kept_frac:.1%}" if mined else "",
         f"{figure.as_random:,.0f}",
     )
-    return "<tr>" + "".join(f"<td>{cell}" for cell in cells)
 
 
 def _picture(answer: TaskAnswer, batch_size: int) -> str:
