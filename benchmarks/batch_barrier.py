@@ -2,13 +2,16 @@
 
     python benchmarks/batch_barrier.py --train TRAIN.parquet --test TEST.parquet --vectors TEACHER.npy \
         --student MODEL [--static 128] --output runs/barrier [--epochs 2] [--rate 4e-3] [--temperature 0.1] \
-        [--seeds 0 1 2] [--together 2] [--fit=--model.chunks.tokens=512] [--mined 16 64] [--random 64 1024]
+        [--seeds 0 1 2] [--together 2] [--fit=--model.chunks.tokens=512] [--mined 16 64] [--random 64 1024] \
+        [--search rate] [--search-fit=--trainer.limit_train_batches=0.5]
+    python benchmarks/batch_barrier.py --config configs/quickstart.yaml --train ... --test ... --output ...
 
 Blocks of neighbouring rows of TRAIN become the validation part, on which temperature and rate are searched with the
 first seed; TEST is scored with the exports of the chosen points only. Every arm passes over the same rows equally
 often, and is scored after its last step. ``--static`` makes the student of MODEL's word embeddings alone, on their
-leading principal axes. A run is one ``fit`` on the command line; those that are done are not repeated. ``--variant
-NAME=SETTING`` adds the arm ``mined@64`` with one setting of the command line changed.
+leading principal axes; with ``--config``, student and teacher are that file's. A run is one ``fit`` on the command
+line; those that are done are not repeated. ``--variant NAME=SETTING`` adds the arm ``mined@64`` with one setting of
+the command line changed.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
@@ -43,6 +46,7 @@ from b3_lightning.model.metrics import paired_bootstrap, positive_ranks, query_m
 METRICS = ("hit@1", "hit@10", "mrr")
 N_DRAWN = 2000
 _BLOCK = 100
+_SEARCHED = ("temperature", "rate")
 _LEFT = ("checkpoints", "plans", "cache")
 """Of a finished run: not needed for the table, and large."""
 
@@ -74,24 +78,28 @@ class Bench:
     """What all runs share, and where they lie."""
 
     folder: Path
+    config: tuple[str, ...]
     epochs: int
     rate: float
     temperature: float
     seeds: tuple[int, ...]
+    searched: tuple[str, ...]
     mining: str
-    fit: tuple[str, ...] = field(default_factory=tuple)
+    fit: tuple[str, ...] = ()
+    search_fit: tuple[str, ...] = ()
 
-    def run(self, arm: Arm, point: Point, seed: int) -> dict[str, Any]:
-        """Fit, unless that is done; what the last epoch reads on the validation part."""
+    def run(self, arm: Arm, point: Point, seed: int, fit: tuple[str, ...] = ()) -> dict[str, Any]:
+        """Fit, unless that is done; what the last epoch reads on the validation part. ``fit``: more settings."""
+        fit = self.fit + fit
         about = {"arm": asdict(arm), "point": asdict(point), "seed": seed, "epochs": self.epochs}
-        key = hashlib.sha256(json.dumps([about, self.mining, self.fit], sort_keys=True).encode()).hexdigest()[:8]
+        key = hashlib.sha256(json.dumps([about, self.mining, fit], sort_keys=True).encode()).hexdigest()[:8]
         name = f"{arm.name.replace(' ', '-')}-{point.rate:g}-{point.temperature:g}-{seed}-{key}"
         folder = self.folder / "runs" / name
         result = folder / "result.json"
         if not result.is_file():
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
             start = time.perf_counter()
-            b3([*self._command(arm, point, seed), f"--run.dir={folder}"])
+            b3([*self._command(arm, point, seed), *fit, f"--run.dir={folder}"])
             rank_N = load_file(folder / "val_ranks.safetensors")["rank"]
             values = {metric: float(value_N.mean()) for metric, value_N in query_metrics(rank_N).items()}
             for left in _LEFT:
@@ -105,10 +113,8 @@ class Bench:
     def _command(self, arm: Arm, point: Point, seed: int) -> list[str]:
         data = self.folder / "data"
         return [
-            "fit", "--run.wandb=disabled", f"--seed_everything={seed}", f"--data.seed={seed}",
-            f"--data.train_pairs={data}/train.parquet",
-            f"--data.val_pairs={data}/val.parquet",
-            f"--model.embedder={self.folder}/student", f"--data.teacher={data}/train.npy",
+            "fit", *self.config, "--run.wandb=disabled", f"--seed_everything={seed}", f"--data.seed={seed}",
+            f"--data.train_pairs={data}/train.parquet", f"--data.val_pairs={data}/val.parquet",
             f"--data.cache={self.folder}/cache/{os.getpid()}", f"--data.mining={self.mining}",
             f"--data.batches={arm.batches}", f"--data.batch_size={arm.size}", "--data.eval_batch_size=1024",
             f"--model.optim.learning_rate={point.rate}", f"--model.loss.temperature={point.temperature}",
@@ -117,7 +123,7 @@ class Bench:
             "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
             "--trainer.callbacks=[{class_path: lightning.pytorch.callbacks.ModelCheckpoint,"
             " init_args: {save_top_k: 0}}]",
-            *self.fit, *arm.settings,
+            *arm.settings,
         ]  # fmt: skip
 
     def search(self, arm: Arm) -> tuple[Point, int]:
@@ -130,11 +136,11 @@ class Bench:
 
         def value(point: Point) -> float:
             if point not in tried:
-                tried[point] = self.run(arm, point, self.seeds[0])["mrr"]
+                tried[point] = self.run(arm, point, self.seeds[0], self.search_fit)["mrr"]
             return tried[point]
 
         best = Point(self.rate * (arm.size / 64) ** 0.25, self.temperature)
-        for setting in ("temperature", "rate"):
+        for setting in self.searched:
             for factor in (2.0, 0.5):
                 while value(further := replace(best, **{setting: getattr(best, setting) * factor})) > value(best):
                     best = further
@@ -156,16 +162,29 @@ class Searched:
     runs: list[dict[str, Any]]
 
 
-def test_metrics(export: Path, test: str) -> dict[str, Tensor]:
-    """Metric -> (N,) of every pair of TEST, among all its unique targets."""
-    from sentence_transformers import SentenceTransformer
+def test_metrics(bench: Bench, name: str, test: str) -> dict[str, Tensor]:
+    """Metric -> (N,) of every pair of TEST, among all its unique targets, by the export of a run."""
+    folder = bench.folder / "runs" / name
+    vectors = folder / "test" / "embeddings.safetensors"
+    if not vectors.is_file():
+        b3([
+            "predict", *bench.config, f"--model.embedder={folder}/export", f"--data.test_pairs={test}",
+            *bench.fit, "--trainer.precision=32-true", f"--run.dir={folder}/test", "--run.wandb=disabled",
+            "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.enable_progress_bar=false",
+        ])  # fmt: skip
+    found = load_file(vectors)
+    pairs = pq.read_table(test)
+    keys = [
+        _keys(pairs, columns)[found["row"]] for columns in (("qry", "qry_image_path"), ("pos_text", "pos_image_path"))
+    ]
+    return query_metrics(positive_ranks(found["query"], found["target"], *keys))
 
-    pairs = pq.read_table(test).to_pydict()
-    model = SentenceTransformer(str(export), device="cpu")
-    sides = [pairs["qry"], pairs["pos_text"]]
-    vectors = [model.encode(texts, batch_size=256, convert_to_tensor=True) for texts in sides]
-    keys = [torch.from_numpy(np.unique(texts, return_inverse=True)[1]) for texts in sides]
-    return query_metrics(positive_ranks(vectors[0], vectors[1], keys[0], keys[1]))
+
+def _keys(pairs: pa.Table, columns: Sequence[str]) -> Tensor:
+    """(N,) equal where text and picture are."""
+    there = [pairs[column].to_pylist() for column in columns if column in pairs.column_names]
+    number: dict[tuple[str, ...], int] = {}
+    return torch.tensor([number.setdefault(item, len(number)) for item in zip(*there, strict=True)])
 
 
 def cut(given: argparse.Namespace, data: Path) -> None:
@@ -174,15 +193,16 @@ def cut(given: argparse.Namespace, data: Path) -> None:
         return
     data.mkdir(parents=True, exist_ok=True)
     table = pq.read_table(given.train)
-    vector = np.load(given.vectors, mmap_mode="r", allow_pickle=False)
-    if vector.shape[:2] != (2, len(table)):
-        raise SystemExit(f"{given.vectors} has shape {vector.shape}; {given.train} has {len(table)} rows")
     block = np.arange(len(table)) // _BLOCK
     held = np.random.default_rng(0).permutation(block[-1] + 1)[: round(given.val_share * (block[-1] + 1))]
     is_val = np.isin(block, held)
     pq.write_table(table.filter(pa.array(is_val)), data / "val.parquet")
     pq.write_table(table.filter(pa.array(~is_val)), data / "train.parquet")
-    np.save(data / "train.npy", vector[:, ~is_val])
+    if given.vectors:
+        vector = np.load(given.vectors, mmap_mode="r", allow_pickle=False)
+        if vector.shape[:2] != (2, len(table)):
+            raise SystemExit(f"{given.vectors} has shape {vector.shape}; {given.train} has {len(table)} rows")
+        np.save(data / "train.npy", vector[:, ~is_val])
 
 
 def make_student(given: argparse.Namespace, folder: Path) -> None:
@@ -232,8 +252,8 @@ def mine_once(bench: Bench, name: str, settings: Sequence[str]) -> str:
     plan, data = bench.folder / "plans" / name, bench.folder / "data"
     if not (plan / "plan.json").is_file():
         b3([
-            "mine", f"--output={plan}", f"--data.train_pairs={data}/train.parquet", f"--data.teacher={data}/train.npy",
-            f"--model.embedder={bench.folder}/student", f"--data.cache={bench.folder}/cache/shared",
+            "mine", *bench.config, f"--output={plan}", f"--data.train_pairs={data}/train.parquet",
+            f"--data.cache={bench.folder}/cache/shared",
             f"--run.dir={bench.folder}", f"--data.mining={bench.mining}", "--trainer.accelerator=cpu", *settings,
         ])  # fmt: skip
     return str(plan)
@@ -278,14 +298,19 @@ def _difference(ours_N: Tensor, other_N: Tensor) -> str:
 def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("train", "test", "vectors", "student", "output"):
+    for name in ("train", "test", "output"):
         parser.add_argument(f"--{name}", required=True)
+    for name in ("vectors", "student", "config"):
+        parser.add_argument(f"--{name}")
     parser.add_argument("--static", type=int, metavar="DIM", help="word embeddings alone, on their first so many axes")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument(
         "--rate", type=float, default=4e-3, help="where the search begins at 64; by its fourth root elsewhere"
     )
     parser.add_argument("--temperature", type=float, default=0.1, help="where the search begins")
+    parser.add_argument(
+        "--search", nargs="*", choices=_SEARCHED, default=_SEARCHED, help="what is not named stays as given"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--mined", type=int, nargs="*", default=[16, 64, 256, 1024])
     parser.add_argument("--random", type=int, nargs="*", default=[16, 64, 256, 1024, 4096])
@@ -293,40 +318,58 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--val-share", type=float, default=0.1)
     parser.add_argument("--variant", action="append", default=[], metavar="NAME=SETTING")
     parser.add_argument("--fit", action="append", default=[], metavar="SETTING", help="for every run")
+    parser.add_argument("--search-fit", action="append", default=[], metavar="SETTING", help="for those of the search")
     parser.add_argument("--together", type=int, default=1, help="runs side by side")
-    return parser.parse_args(given)
+    found = parser.parse_args(given)
+    if bool(found.config) == bool(found.vectors and found.student):
+        parser.error("give --vectors and --student, or --config")
+    return found
 
 
 def main() -> None:
     """Run what is missing, print the tables."""
     given = parse()
-    folder = Path(given.output).resolve()
-    cut(given, folder / "data")
-    make_student(given, folder / "student")
-    start = given.rate, given.temperature
-    bench = Bench(folder, given.epochs, *start, tuple(given.seeds), given.mining, tuple(given.fit))
+    bench = prepare(given)
     arms = list(arms_of(given, bench))
     with ProcessPoolExecutor(given.together, get_context("spawn")) as pool:
         found = list(pool.map(bench.arm, arms))
-    values = [
-        [test_metrics(folder / "runs" / run["folder"] / "export", given.test) for run in one.runs] for one in found
-    ]
+    values = [[test_metrics(bench, run["folder"], given.test) for run in one.runs] for one in found]
     print("\n".join([*table(found, values), "", *differences(found, values)]))
 
 
+def prepare(given: argparse.Namespace) -> Bench:
+    """Write the parts of the training file and the student, unless they are there."""
+    folder = Path(given.output).resolve()
+    cut(given, folder / "data")
+    config: tuple[str, ...] = (f"--config={given.config}",)
+    if not given.config:
+        make_student(given, folder / "student")
+        config = f"--model.embedder={folder}/student", f"--data.teacher={folder}/data/train.npy"
+    searched = tuple(name for name in _SEARCHED if name in given.search)
+    fits = tuple(given.fit), tuple(given.search_fit)
+    start = given.rate, given.temperature
+    return Bench(folder, config, given.epochs, *start, tuple(given.seeds), searched, given.mining, *fits)
+
+
 def arms_of(given: argparse.Namespace, bench: Bench) -> Iterator[Arm]:
-    """Those asked for, small batches first, since they take longest; mined ones share the plan of their settings."""
-    plan = mine_once(bench, hashlib.sha256(given.mining.encode()).hexdigest()[:8], [])
+    """Those asked for, small batches first, since they take longest; mined ones share the plan of their settings.
+
+    With a config there is none to share: its runs mine as it says.
+    """
+
+    def plan(name: str, settings: Sequence[str]) -> tuple[str, ...]:
+        return () if given.config else (f"--data.plan={mine_once(bench, name, settings)}",)
+
+    default = plan(hashlib.sha256(given.mining.encode()).hexdigest()[:8], [])
     for size in sorted({*given.mined, *given.random}):
         if size in given.mined:
-            yield Arm("b3", size, settings=(f"--data.plan={plan}",))
+            yield Arm("b3", size, settings=default)
         if size in given.random:
             yield Arm("random", size)
     for variant in given.variant:
         name, setting = variant.split("=", 1)
-        mines = setting.startswith("--data.mining")
-        own = mine_once(bench, name, [setting]) if mines else plan
-        yield Arm("b3", 64, name, (setting, f"--data.plan={own}"))
+        own = plan(name, [setting]) if setting.startswith("--data.mining") else default
+        yield Arm("b3", 64, name, (setting, *own))
 
 
 if __name__ == "__main__":

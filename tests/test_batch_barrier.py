@@ -12,52 +12,94 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "batch_barrier.py"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+QUICK = ("--epochs=1", "--rate=1e-2", "--seeds=0", "--search", "--val-share=0.25", "--fit=--hardness.enabled=false")
 
 
-@pytest.fixture(scope="module")
-def barrier() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("batch_barrier", SCRIPT)
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     assert spec is not None and spec.loader is not None  # noqa: PT018
     module = importlib.util.module_from_spec(spec)
-    sys.modules["batch_barrier"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
 
-def test_two_runs_and_their_tables(
+@pytest.fixture(scope="module")
+def barrier() -> ModuleType:
+    return load("batch_barrier")
+
+
+def test_two_runs_their_tables_and_what_was_foreseen(
     tmp_path: Path, shapes: Path, models: dict[str, str], barrier: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs = shapes / "text-text.parquet"
     np.save(tmp_path / "teacher.npy", np.random.default_rng(0).normal(size=(2, 96, 8)).astype(np.float32))
     monkeypatch.setattr(barrier, "_BLOCK", 8)
+    folder = tmp_path / "out"
     given = barrier.parse(
         [
             *(f"--train={pairs}", f"--test={pairs}", f"--vectors={tmp_path}/teacher.npy"),
-            *(f"--student={models['bert']}", f"--output={tmp_path}/out"),
-            *("--static=4", "--mined=8", "--random=8", "--val-share=0.25"),
+            *(f"--student={models['bert']}", f"--output={folder}", "--static=4"),
+            *("--mined=8", "--random=8", "--mining={first_rank: 1, n_ranks: 10, cluster_size: 4}", *QUICK),
         ]
     )
-    folder = tmp_path / "out"
-    barrier.cut(given, folder / "data")
+    bench = barrier.prepare(given)
     train, val = (pq.read_table(folder / "data" / f"{part}.parquet")["qry"].to_pylist() for part in ("train", "val"))
     assert len(val) == 24
     assert sorted(train + val) == sorted(pq.read_table(pairs)["qry"].to_pylist())
     assert np.load(folder / "data" / "train.npy").shape == (2, 72, 8)
-    barrier.make_student(given, folder / "student")
-    mining = "{first_rank: 1, n_ranks: 10, cluster_size: 4}"
-    bench = barrier.Bench(folder, 1, 1e-2, 0.1, (0,), mining, ("--hardness.enabled=false",))
-    found, values = [], []
-    for arm in barrier.arms_of(given, bench):
-        runs = [bench.run(arm, barrier.Point(1e-2, 0.1), 0)]
-        found.append(barrier.Searched(arm, barrier.Point(1e-2, 0.1), 1, runs))
-        values.append([barrier.test_metrics(folder / "runs" / runs[0]["folder"] / "export", str(pairs))])
-    lines = barrier.table(found, values)
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| mined@8", "| random@8"]
-    before = (folder / "runs" / runs[0]["folder"] / "result.json").stat().st_mtime_ns
-    assert bench.run(arm, barrier.Point(1e-2, 0.1), 0) == runs[0]
-    assert (folder / "runs" / runs[0]["folder"] / "result.json").stat().st_mtime_ns == before  # not run again
+    found = [bench.arm(arm) for arm in barrier.arms_of(given, bench)]
+    assert [(one.n_tried, one.best) for one in found] == [(0, barrier.Point(1e-2 * (8 / 64) ** 0.25, 0.1))] * 2
+    values = [[barrier.test_metrics(bench, run["folder"], str(pairs)) for run in one.runs] for one in found]
+    assert [line.split(" | ")[0] for line in barrier.table(found, values)[2:]] == ["| mined@8", "| random@8"]
+    run = found[0].runs[0]
+    before = (folder / "runs" / run["folder"] / "result.json").stat().st_mtime_ns
+    assert bench.run(found[0].arm, found[0].best, 0) == run
+    assert (folder / "runs" / run["folder"] / "result.json").stat().st_mtime_ns == before  # not run again
+    _check_against_sentence_transformers(folder / "runs" / run["folder"] / "export", pairs, values[0][0])
+    _check_what_if(folder)
+
+
+def _check_against_sentence_transformers(export: Path, pairs: Path, found: dict[str, torch.Tensor]) -> None:
+    model = SentenceTransformer(str(export), device="cpu")
+    rows = pq.read_table(pairs).to_pydict()
+    score_NN = (
+        model.encode(rows["qry"], convert_to_tensor=True) @ model.encode(rows["pos_text"], convert_to_tensor=True).T
+    )
+    is_first_N = (score_NN > score_NN.diagonal()[:, None] + 1e-6).sum(dim=1) == 0
+    assert torch.equal(found["hit@1"] > 0, is_first_N)
+
+
+def _check_what_if(folder: Path) -> None:
+    what_if = load("what_if")
+    results = what_if.trained(folder)
+    assert set(results) == {(8, 1, 10, 4), (8, -1, -1, -1)}
+    guesses = what_if.foreseen(folder, list(results))
+    assert guesses[8, 1, 10, 4]["hardness"] > guesses[8, -1, -1, -1]["hardness"]
+
+
+def test_a_config_brings_its_own_student(
+    tmp_path: Path, shapes: Path, models: dict[str, str], barrier: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(barrier, "_BLOCK", 8)
+    config = tmp_path / "own.yaml"
+    config.write_text(f"model: {{embedder: {models['clip']}}}\ndata: {{teacher: student}}\n")
+    pairs = shapes / "image-text.parquet"
+    given = barrier.parse(
+        [
+            *(f"--config={config}", f"--train={pairs}", f"--test={pairs}", f"--output={tmp_path}/out"),
+            *("--mined", "--random=8", f"--fit=--data.image_root={shapes}", *QUICK),
+        ]
+    )
+    bench = barrier.prepare(given)
+    (arm,) = barrier.arms_of(given, bench)
+    run = bench.arm(arm).runs[0]
+    assert barrier.test_metrics(bench, run["folder"], str(pairs))["hit@1"].shape == (96,)
+    with pytest.raises(SystemExit):
+        barrier.parse([f"--config={config}", "--student=x", "--vectors=y", "--train=a", "--test=b", "--output=c"])
 
 
 def test_differences_are_of_the_means_over_seeds(barrier: ModuleType) -> None:
@@ -71,11 +113,11 @@ def test_differences_are_of_the_means_over_seeds(barrier: ModuleType) -> None:
 
 
 def test_search_doubles_or_halves_while_that_helps(barrier: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(self: Any, arm: Any, point: Any, seed: int) -> dict[str, float]:
+    def run(self: Any, arm: Any, point: Any, seed: int, fit: Any) -> dict[str, float]:
         return {"mrr": -abs(np.log2(point.rate / 0.04)) - abs(np.log2(point.temperature / 0.025))}
 
     monkeypatch.setattr(barrier.Bench, "run", run)
-    bench = barrier.Bench(Path(), 1, 0.01, 0.1, (0,), "")
+    bench = barrier.Bench(Path(), (), 1, 0.01, 0.1, (0,), ("temperature", "rate"), "")
     best, n_tried = bench.search(barrier.Arm("random", 64))
     assert (best.rate, best.temperature) == pytest.approx((0.04, 0.025))
     # 0.1; 0.2, 0.05, 0.025, 0.0125; then rates 0.02, 0.04, 0.08 (0.02 again)
