@@ -22,6 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from rich.console import Console
 
+from b3_lightning import __version__
 from b3_lightning.callbacks import Clock, EmbeddingWriter, Export, HardnessMonitor, KeepRanks, MiningReport, Remine
 from b3_lightning.checkpoints import CheckedCheckpointIO, StepCheckpoint
 from b3_lightning.data import PairsDataModule
@@ -360,6 +361,7 @@ def _run_lightning(args: list[str] | None) -> None:
             parser_kwargs={
                 **mode,
                 "prog": "python -m b3_lightning",
+                "version": __version__,
                 "formatter_class": _Help,
                 "description": DESCRIPTION,
                 "epilog": EPILOG,

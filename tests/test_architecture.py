@@ -5,11 +5,9 @@ from __future__ import annotations
 import ast
 import functools
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,22 +112,3 @@ def _leaves(group: dict[str, Any], *path: str) -> Iterator[tuple[tuple[str, ...]
             yield from _leaves(value, *path, name)
         else:
             yield (*path, name), value
-
-
-def test_a_wheel_holds_the_callbacks_and_the_types_marker(tmp_path: Path) -> None:
-    copy = tmp_path / "source"
-    copy.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    for name in ("b3_lightning", "callbacks"):
-        shutil.copytree(ROOT / name, copy / name, symlinks=True)
-    built = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)],
-        cwd=copy, capture_output=True, text=True,
-    )  # fmt: skip
-    assert built.returncode == 0, built.stderr
-    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    kinds = ("*.py", "*.css", "*.js")
-    sources = {path.relative_to(ROOT).as_posix() for kind in kinds for path in (ROOT / "b3_lightning").rglob(kind)}
-    assert sources <= set(names)
-    assert {"b3_lightning/py.typed", "b3_lightning/callbacks/remine.py"} <= set(names)
