@@ -111,7 +111,7 @@ class B3Trainer(L.Trainer):
     def _plan(self, model: ContrastiveModule, datamodule: PairsDataModule, folder: Path, questions: Questions) -> None:
         self._prepare(model, datamodule)
         processes = datamodule.processes()
-        with processes.failing_together():
+        with datamodule.ending_at_once(), processes.failing_together():
             answers = datamodule.what_if(questions)
             if answers is not None:
                 tell_what_if(Console(), answers, datamodule.batch_size, folder)
@@ -120,7 +120,7 @@ class B3Trainer(L.Trainer):
     def _mine(self, model: ContrastiveModule, datamodule: PairsDataModule, output: str) -> MinedPlan | None:
         self._prepare(model, datamodule)
         processes = datamodule.processes()
-        with processes.failing_together():
+        with datamodule.ending_at_once(), processes.failing_together():
             mined = datamodule.mine()
             if mined is not None:
                 mined.save(output)

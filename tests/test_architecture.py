@@ -24,6 +24,7 @@ PACKAGE = ROOT / "b3_lightning"
 LAYERS = (
     "types",
     "progress",
+    "signals",
     "mining",
     "checkpoints",
     "model",
