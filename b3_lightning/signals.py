@@ -14,7 +14,7 @@ from typing import NoReturn
 
 _WATCHER = """
 import os, signal, sys, time
-for number in (signal.SIGTERM, signal.SIGINT):
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, signal.SIG_IGN)
 watched, message, *others = sys.argv[1:]
 while os.getppid() == int(watched):
