@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 log = logging.getLogger(__name__)
 
