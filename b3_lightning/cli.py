@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,13 +16,24 @@ import yaml
 from jsonargparse import DefaultHelpFormatter
 from jsonargparse._deprecated import JsonargparseDeprecationWarning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from rich.console import Console
 
 from b3_lightning import __version__
-from b3_lightning.callbacks import Clock, EmbeddingWriter, Export, HardnessMonitor, KeepRanks, MiningReport, Remine
+from b3_lightning.callbacks import (
+    Clock,
+    EmbeddingWriter,
+    Export,
+    HardnessMonitor,
+    KeepRanks,
+    MiningReport,
+    Remine,
+    Requeue,
+)
+from b3_lightning.callbacks.requeue import where_to_begin
 from b3_lightning.checkpoints import CheckedCheckpointIO, StepCheckpoint
 from b3_lightning.data import PairsDataModule
 from b3_lightning.mining import MinedPlan
@@ -112,7 +122,7 @@ class B3Trainer(L.Trainer):
     def _plan(self, model: ContrastiveModule, datamodule: PairsDataModule, folder: Path, questions: Questions) -> None:
         self._prepare(model, datamodule)
         processes = datamodule.processes()
-        with processes.failing_together():
+        with datamodule.ending_at_once(), processes.failing_together():
             answers = datamodule.what_if(questions)
             if answers is not None:
                 tell_what_if(Console(), answers, datamodule.batch_size, folder)
@@ -121,7 +131,7 @@ class B3Trainer(L.Trainer):
     def _mine(self, model: ContrastiveModule, datamodule: PairsDataModule, output: str) -> MinedPlan | None:
         self._prepare(model, datamodule)
         processes = datamodule.processes()
-        with processes.failing_together():
+        with datamodule.ending_at_once(), processes.failing_together():
             mined = datamodule.mine()
             if mined is not None:
                 mined.save(output)
@@ -184,7 +194,7 @@ class B3CLI(LightningCLI):
                     "run.checkpoint_every_n_steps is without effect where trainer.callbacks holds a ModelCheckpoint of "
                     "your own: set every_n_train_steps there"
                 )
-            callbacks += [Clock(), KeepRanks(), Export(self.parser_dump(), self.run.merge_adapter)]
+            callbacks += [Clock(), KeepRanks(), Requeue(), Export(self.parser_dump(), self.run.merge_adapter)]
         else:
             kwargs["enable_checkpointing"] = False
         if self.subcommand == "predict":
@@ -252,8 +262,8 @@ class B3CLI(LightningCLI):
         return [best, *checkpoints]
 
     def before_fit(self) -> None:
-        if self.trainer.is_global_zero:
-            self._refuse_other_run()
+        given = self._get(self.config, "ckpt_path")
+        self.config_init["fit"]["ckpt_path"] = where_to_begin(Path(self.run.dir), self.parser_dump(), given)
         self._get(self.config_init, "remine").check(self.datamodule, self.trainer)
         self.datamodule.trainer = self.trainer
         self.datamodule.setup("fit")
@@ -274,17 +284,6 @@ class B3CLI(LightningCLI):
 
     def before_plan(self) -> None:
         self.datamodule.load("train")
-
-    def _refuse_other_run(self) -> None:
-        folder = Path(self.run.dir)
-        resumed = self._get(self.config, "ckpt_path")
-        if resumed is not None and not Path(resumed).is_file():
-            raise FileNotFoundError(f"no checkpoint ckpt_path={resumed} (looked from {Path.cwd()})")
-        if resumed is None and any((folder / name).exists() for name in ("metrics.csv", "checkpoints", "export")):
-            raise ValueError(
-                f"run.dir={folder} holds another run; set --run.dir to a new folder, "
-                f"or go on with it: --ckpt_path={folder}/checkpoints/last.ckpt"
-            )
 
     def after_fit(self) -> None:
         if self.trainer.is_global_zero:
@@ -312,11 +311,15 @@ class _ToStderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         sys.stderr.write(self.format(record) + "\n")
 
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Only warnings from other processes than the first, as Lightning counts them under any launcher."""
+        return record.levelno >= logging.WARNING or rank_zero_only.rank == 0  # type: ignore[attr-defined]
+
 
 def _show_log() -> None:
     """Show what the package logs: once, not from every process."""
     log = logging.getLogger("b3_lightning")
-    log.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING)
+    log.setLevel(logging.INFO)
     if not log.handlers:
         log.addHandler(_ToStderr())
 

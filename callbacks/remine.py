@@ -108,9 +108,12 @@ class Remine(Callback):
         data.before_epoch, data.after_mining = [], []
 
     def _remine_if_due(self, trainer: Trainer, epoch: int) -> None:
-        if not self.should_remine(epoch):
-            return
         data = datamodule_of(trainer)
+        if self.should_remine(epoch):
+            with data.ending_at_once():
+                self._remine(trainer, data, epoch)
+
+    def _remine(self, trainer: Trainer, data: PairsDataModule, epoch: int) -> None:
         try:
             plan = data.new_plan(epoch, self.request(epoch))
         except Exception as error:  # whatever it was, the processes agree on it, and the plan in use is whole

@@ -145,16 +145,9 @@ def test_two_runs_are_printed_with_interval_settings_and_a_page(
     page = (tmp_path / "page.html").read_text()
     assert "<h1>2 runs compared</h1>" in page
     assert page.count("<svg") == 6  # two metrics against steps, rows and seconds
-    assert page.count("Not logged by other/run.") == 2  # the seconds
+    assert page.count("Not logged by other/run.") == 4  # rows and seconds
     assert "&lt;b&gt;&amp;" in page
     assert "<script" not in page
-
-
-def test_rows_seen_of_older_runs_come_from_steps_and_batch_size(tmp_path: Path) -> None:
-    one, other = load_runs(_two_runs(tmp_path))
-    assert one.points("val/mrr", "train/rows_seen") == [(160, 0.2), (320, 0.5), (480, 0.4)]
-    assert other.points("val/mrr", "train/rows_seen") == [(160, 0.3), (320, 0.6), (480, 0.7)]
-    assert other.points("val/mrr", "train/seconds") == []
 
 
 def test_a_loss_is_best_where_it_is_lowest_and_many_runs_stand_below_each_other(
@@ -189,7 +182,14 @@ class FakeApi:
 
     def __init__(self) -> None:
         rows = [
-            {"trainer/global_step": 10, "val/mrr": 0.5, "_runtime": 4.0, "_step": 0, "train/loss": None},
+            {
+                "trainer/global_step": 10,
+                "val/mrr": 0.5,
+                "train/seconds": 4.0,
+                "_runtime": 5.0,
+                "_step": 0,
+                "train/loss": None,
+            },
             {"trainer/global_step": 20, "val/mrr": 0.4, "_runtime": 9.0, "_step": 1, "picture": {"_type": "image"}},
         ]
         self.found = [
@@ -214,8 +214,8 @@ class FakeApi:
 def test_runs_of_a_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     monkeypatch.setattr("wandb.Api", FakeApi)
     one, other, _ = load_runs(["wandb:me/shop"])
-    assert one.rows[0] == {"step": 10, "val/mrr": 0.5, "train/seconds": 4.0, "train/rows_seen": 160}
-    assert other.rows[1]["train/rows_seen"] == 20 * 64
+    assert one.rows == [{"step": 10, "val/mrr": 0.5, "train/seconds": 4.0}, {"step": 20, "val/mrr": 0.4}]
+    assert other.config == {"data.batch_size": 64}
     assert [run.name for run in load_runs(["wandb:me/shop/second"])] == ["second"]
     main(["compare", "wandb:me/shop", "--output", str(tmp_path / "page.html")])
     said = capsys.readouterr().out

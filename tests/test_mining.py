@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import igraph
@@ -103,6 +104,21 @@ def test_planted_blocks_become_clusters(algorithm: str) -> None:
     for ids_K in mined.clusters.ids_CK:
         assert len(set(block[order][ids_K])) == 1
     assert mined.summary()["kept_frac"] == 1
+
+
+def test_a_plan_is_summed_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mined = mine(vectors(40), vectors(40, seed=1), settings=small(), batch_size=8)
+    mined.save(tmp_path)
+    first = mined.summary()
+
+    def again(edges: Edges, label_N: Tensor) -> Edges:
+        raise AssertionError("counted again")
+
+    monkeypatch.setattr(Edges, "within", again)
+    mined.summary().clear()
+    assert mined.summary() == MinedPlan.load(tmp_path).summary() == first
+    with pytest.raises(AssertionError, match="counted again"):
+        replace(mined, hardness={}).summary()
 
 
 def test_louvain_is_as_good_as_igraph_on_a_random_graph() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -251,9 +252,10 @@ class PairsDataModule(L.LightningDataModule):
                 MinedPlan.load(self.plan_folder), epoch, folder=str(Path(self.plan_folder).resolve()), plan_sha256=sha
             )
         if self._batch_plan is None and self.batches == "b3" and self.teacher != "student":
-            plan = self.new_plan(epoch, MiningRequest("teacher"))
-            assert plan is not None, "there is none yet that could stay"
-            self.take_over(plan, epoch)
+            with self.ending_at_once():
+                plan = self.new_plan(epoch, MiningRequest("teacher"))
+                assert plan is not None, "there is none yet that could stay"
+                self.take_over(plan, epoch)
         if self._batch_plan is None:
             self._batch_plan = BatchPlan(**self._random_plan())
         if epoch > self._decided_epoch:
@@ -286,6 +288,10 @@ class PairsDataModule(L.LightningDataModule):
     def what_if(self, questions: Questions) -> list[TaskAnswer] | None:
         """Simulate batches of the training pairs from the teacher's vectors; the first process has the answer."""
         return self._miner().what_if(questions)
+
+    def ending_at_once(self) -> AbstractContextManager[None]:
+        """Around all mining: SIGTERM is not kept for a step of the training, which may be hours away."""
+        return self._miner().ending_at_once()
 
     def processes(self) -> Processes:
         """Those that share the mining."""

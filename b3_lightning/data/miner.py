@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,7 @@ from b3_lightning.mining import MinedPlan, MiningSettings, Processes, Stages, fi
 from b3_lightning.mining.store import sha256
 from b3_lightning.mining.whatif import Questions, TaskAnswer, what_if
 from b3_lightning.progress import StageProgress
+from b3_lightning.signals import ends_at_once
 from b3_lightning.types import Embeddings
 
 log = logging.getLogger(__name__)
@@ -76,6 +78,20 @@ class PairMiner:
         """Those of the trainer."""
         return Processes(
             self.trainer.global_rank, self.trainer.world_size, self.trainer.strategy.reduce_boolean_decision
+        )
+
+    def ending_at_once(self) -> AbstractContextManager[None]:
+        """While mining, SIGTERM ends this process and those that it started: finished parts are on disk."""
+        trainer = self.trainer
+        for logger in trainer.loggers:
+            logger.save()  # what the file of metrics lacks so far
+        last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        how = f"--ckpt_path={last} goes on" if last.is_file() else "the same command goes on"
+        return ends_at_once(
+            f"ended by a signal while mining; what was finished is kept, and {how} from there",
+            others=[process.pid for process in getattr(trainer.strategy.launcher, "procs", [])],
+            tells=trainer.local_rank == 0,
+            due=trainer.received_sigterm,
         )
 
     def new_plan(self, folder: Path, request: MiningRequest, *, in_use: str | None) -> NewPlan | None:

@@ -102,6 +102,8 @@ class Stages:
         if self.processes.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             _acquire(lock, holder)
+            for unfinished in self.folder.glob("*/.*.tmp"):  # of a process that was killed
+                unfinished.unlink()
             holder.write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid()}), encoding="utf-8")
         self.processes.barrier()
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +14,7 @@ from torch import Tensor
 
 from b3_lightning.reports.offline import is_number, read_offline_run
 
-log = logging.getLogger(__name__)
-
 WANDB = "wandb:"
-_RUNTIME = "_runtime"
 AXES = {"step": "optimiser steps", "train/rows_seen": "rows seen", "train/seconds": "seconds"}
 """What a metric can be drawn against, and in words."""
 
@@ -72,7 +68,7 @@ def load_runs(given: Sequence[str]) -> list[Run]:
         ValueError: where a file is damaged, or the W&B server refuses.
     """
     runs = [run for one in given for run in _load(one)]
-    return [replace(_with_costs(run), name=name) for run, name in zip(runs, _distinct(runs), strict=True)]
+    return [replace(run, name=name) for run, name in zip(runs, _distinct(runs), strict=True)]
 
 
 def _load(given: str) -> Iterator[Run]:
@@ -137,32 +133,10 @@ def read_ranks(folder: Path) -> Ranks | None:
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
     """A row of W&B under the names that metrics.csv has; pictures, tables and W&B's own keys left out."""
-    kept = {key: value for key, value in row.items() if key == _RUNTIME or not key.startswith("_")}
-    numbers = {key: float(value) for key, value in kept.items() if is_number(value)}
+    numbers = {key: float(value) for key, value in row.items() if is_number(value) and not key.startswith("_")}
     if "trainer/global_step" in numbers:
         numbers["step"] = numbers.pop("trainer/global_step")
     return numbers
-
-
-def _with_costs(run: Run) -> Run:
-    """Runs of before seconds and rows were logged: seconds from W&B's clock, rows from steps and batch size."""
-    own_clock = any("train/seconds" in row for row in run.rows)
-    rows = [dict(row) for row in run.rows]
-    for row in rows:
-        runtime = row.pop(_RUNTIME, None)
-        if runtime is not None and not own_clock:
-            row["train/seconds"] = runtime
-    run = replace(run, rows=rows)
-    if any("train/rows_seen" in row for row in run.rows):
-        return run
-    size, added_up = run.config.get("data.batch_size"), run.config.get("trainer.accumulate_grad_batches") or 1
-    if not is_number(size):
-        log.warning("%s holds neither train/rows_seen nor data.batch_size: it has no curve against rows", run.source)
-        return run
-    log.info("%s: rows seen are steps x %d x %d", run.source, size, added_up)
-    per_step = float(size) * float(added_up)
-    return replace(run, rows=[{**row, "train/rows_seen": row["step"] * per_step} if "step" in row else row
-                              for row in run.rows])  # fmt: skip
 
 
 def _distinct(runs: Sequence[Run]) -> list[str]:

@@ -1,0 +1,187 @@
+"""SIGTERM while mining: the process ends at once, whatever it is in the middle of, and says how to go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Run
+
+from b3_lightning.cli import main
+from b3_lightning.data import miner
+from b3_lightning.mining import MinedPlan, mine
+from b3_lightning.signals import ends_at_once
+
+BUSY = """
+import ctypes, signal, subprocess, sys
+from b3_lightning.signals import ends_at_once
+signal.signal(signal.SIGTERM, lambda number, frame: None)  # as Lightning, which only takes a note
+other = subprocess.Popen(["sleep", "600"])
+with ends_at_once("the message", others=[other.pid], due=sys.argv[1] == "due"):
+    print("ready", flush=True)
+    ctypes.PyDLL(None).sleep(600)  # as a partitioner does, it keeps every thread of Python waiting
+"""
+FIRST_OF_A_CONTAINER = """
+import os, time
+from b3_lightning.signals import ends_at_once
+os.getpid = lambda: 1
+with ends_at_once("", tells=False):
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+MINES_FOR_EVER = """
+import sys, time
+from pathlib import Path
+from b3_lightning.cli import main
+from b3_lightning.data import miner
+def mine(*vectors, **about):
+    Path("mining").touch()
+    time.sleep(600)
+miner.mine = mine
+main()
+"""
+
+
+@contextmanager
+def _started(*command: str, cwd: Path | None = None) -> Iterator[subprocess.Popen[str]]:
+    """A process with pipes; where a test fails, it and all that it started are killed."""
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=cwd,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@contextmanager
+def _noted() -> Iterator[list[int]]:
+    """SIGTERM is only taken a note of, as Lightning does it."""
+    found: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: found.append(number))
+    try:
+        yield found
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("when", ["now", "due"])
+def test_a_busy_process_ends_with_those_it_started_and_says_so(when: str) -> None:
+    with _started("-c", BUSY, when) as process:
+        if when == "now":
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGTERM)
+        # all that held its output are gone when this returns: the other process and the watcher too
+        output, errors = process.communicate(timeout=30)
+    assert (output, errors) == ("", "the message\n")
+    assert process.returncode == -signal.SIGTERM
+
+
+def test_the_first_process_of_a_container_ends_too() -> None:
+    with _started("-c", FIRST_OF_A_CONTAINER) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_after_the_block_signals_are_as_before_and_nothing_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    with _noted() as found:
+        with suppress(KeyError), ends_at_once("unsaid"):
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+            raise KeyError
+        signal.raise_signal(signal.SIGTERM)
+    assert found == [signal.SIGTERM]
+    assert "unsaid" not in capfd.readouterr().err
+
+
+def test_in_a_thread_signals_are_left_alone() -> None:
+    found: list[Any] = []
+
+    def work() -> None:
+        with ends_at_once("unsaid"):
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [signal.getsignal(signal.SIGTERM)]
+
+
+def test_all_mining_is_ended_at_once_and_training_as_lightning_does_it(
+    fit: Run, models: dict[str, str], shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handlers: list[Any] = []
+    written: list[bool] = []
+
+    def watched(*vectors: Any, **about: Any) -> MinedPlan:
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        written.append((tmp_path / "run" / "metrics.csv").exists())
+        return mine(*vectors, **about)
+
+    monkeypatch.setattr(miner, "mine", watched)
+    step = "b3_lightning.model.ContrastiveModule.on_train_batch_start"
+    trains: list[Any] = []
+    monkeypatch.setattr(step, lambda *given: trains.append(signal.getsignal(signal.SIGTERM)), raising=False)
+    settings = (f"--model.embedder={models['bert']}", f"--data.teacher={models['bert']}")
+    fit("text-text", *settings, "--remine.enabled=true", "--data.val_pairs=null")
+    with _noted():
+        main(
+            ["mine", f"--output={tmp_path / 'plan'}", f"--run.dir={tmp_path / 'mine'}", *settings,
+             f"--data.train_pairs={shapes / 'text-text.parquet'}", "--trainer.accelerator=cpu", "--trainer.devices=1",
+             "--data.mining={first_rank: 1, n_ranks: 10, cluster_size: 4}", "--trainer.enable_progress_bar=false"]
+        )  # fmt: skip
+    assert handlers == [signal.SIG_DFL] * 3
+    assert written[:2] == [False, True]
+    assert {type(handler).__name__ for handler in trains} == {"_HandlersCompose"}
+
+
+def test_two_processes_end_and_the_same_command_goes_on(
+    models: dict[str, str], shapes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs = shapes / "text-text.parquet"
+    arguments = [
+        "fit", f"--run.dir={tmp_path / 'run'}", "--run.wandb=disabled", f"--model.embedder={models['bert']}",
+        f"--data.teacher={models['bert']}", f"--data.train_pairs={pairs}", "--data.batch_size=16",
+        "--data.mining={first_rank: 1, n_ranks: 10, cluster_size: 4}", "--trainer.max_epochs=1",
+        "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
+    ]  # fmt: skip
+    script = tmp_path / "script.py"
+    script.write_text(MINES_FOR_EVER)
+    left = tmp_path / "run" / "cache" / "vectors-0" / ".part-000000.safetensors.1.tmp"
+    two = ("--trainer.devices=2", "--trainer.strategy=ddp")
+    with _started(str(script), *arguments, *two, cwd=tmp_path) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "mining").exists():
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.1)
+        left.parent.mkdir()
+        left.touch()
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGTERM
+    said = "ended by a signal while mining; what was finished is kept, and the same command goes on from there\n"
+    assert errors.endswith(said)
+    main([*arguments, "--trainer.devices=1"])
+    assert "vectors: 1 of 1 parts are finished" in caplog.text
+    assert (tmp_path / "run" / "export").is_dir()
+    assert not left.exists()
