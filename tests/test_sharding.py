@@ -74,7 +74,8 @@ def _backward(module: ContrastiveModule, batch: dict[str, Any]) -> None:
     module.lr_schedulers = lambda: schedule  # type: ignore[method-assign, assignment, return-value]
     rank = dist.get_rank() if dist.is_initialized() else 0
     data = SimpleNamespace(total_steps=lambda: 10)
-    trainer = SimpleNamespace(precision_plugin=plugin, global_rank=rank, datamodule=data)
+    about = {"precision": "64-true", "precision_plugin": plugin, "global_rank": rank, "datamodule": data}
+    trainer = SimpleNamespace(**about)
     module._trainer = trainer  # type: ignore[assignment]
     module.backward(module.training_step(_as_double(batch), 0)["loss"])
 

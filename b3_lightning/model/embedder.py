@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from b3_lightning.model.adapters import complete_adapter
+from b3_lightning.model.adapters import complete_adapter, keep_in_float32
 from b3_lightning.model.fused import FusedEmbedder
 
 
@@ -94,7 +95,7 @@ class LoadSettings:
         max_seq_length: tokens a text is cut to; the model's own limit where absent.
         min_pixels: an image is enlarged to at least so many, for Qwen2-VL and its kin.
         max_pixels: an image is shrunk to at most so many; given with ``min_pixels`` or not at all.
-        dtype: of the weights, such as ``bfloat16``; float32 where absent.
+        dtype: of the weights, such as ``bfloat16``; float32 where absent. Adapters are float32 under any.
         chat_template: a Jinja template instead of the model's own, for what stands around texts and images; the
             VLM2Vec and B3 models were trained on the bare text with the image's token before it.
         gradient_checkpointing: trade compute for memory.
@@ -208,6 +209,25 @@ def _add_lora(model: SentenceTransformer, lora: LoraSettings) -> None:
             target_modules=lora.target_modules,
         )
     )
+    keep_in_float32(model)
+
+
+def check_trained_dtype(model: SentenceTransformer, precision: str) -> None:
+    """Refuse to train weights below float32, unless the trainer's precision asks for that.
+
+    Raises:
+        ValueError: naming such weights.
+    """
+    trained = {name: weight.dtype for name, weight in model.named_parameters() if weight.requires_grad}
+    low = {name: dtype for name, dtype in trained.items() if torch.finfo(dtype).bits < 32}
+    if low and precision not in ("bf16-true", "16-true"):
+        name, dtype = next(iter(low.items()))
+        raise ValueError(
+            f"{len(low)} of {len(trained)} trained weights are {str(dtype).removeprefix('torch.')}, such as {name}: "
+            "steps at usual learning rates are lost in rounding. Keep them in float32, --model.load.dtype=null, with "
+            "--trainer.precision=bf16-mixed; or train an adapter (model.lora); or, if you mean it, set "
+            f"--trainer.precision=bf16-true instead of {precision}"
+        )
 
 
 def check_supports(model: SentenceTransformer | FusedEmbedder, name: str, modalities: Iterable[Any]) -> None:

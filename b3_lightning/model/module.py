@@ -29,6 +29,7 @@ from b3_lightning.model.embedder import (
     LoraSettings,
     SmallEmbedder,
     check_supports,
+    check_trained_dtype,
     load_embedder,
     small_vocabulary,
 )
@@ -309,6 +310,7 @@ class ContrastiveModule(L.LightningModule):
         }
 
     def configure_optimizers(self) -> Any:
+        check_trained_dtype(self.embedder, str(self.trainer.precision))
         trained = [parameter for parameter in self.embedder.parameters() if parameter.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.optim.weight_decay},
