@@ -41,6 +41,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from b3_lightning.cli import main as b3
+from b3_lightning.data.pairs import Item, load_pairs
+from b3_lightning.mining.store import write_atomic
 from b3_lightning.model.metrics import paired_bootstrap, positive_ranks, query_metrics
 
 METRICS = ("hit@1", "hit@10", "mrr")
@@ -80,8 +82,7 @@ class Bench:
     folder: Path
     config: tuple[str, ...]
     epochs: int
-    rate: float
-    temperature: float
+    start: Point
     seeds: tuple[int, ...]
     searched: tuple[str, ...]
     mining: str
@@ -105,7 +106,7 @@ class Bench:
             for left in _LEFT:
                 shutil.rmtree(folder / left, ignore_errors=True)
             seconds = time.perf_counter() - start
-            result.write_text(json.dumps({**about, **values, "seconds": seconds, "folder": name}, indent=1))
+            result.write_text(json.dumps({**about, "fit": fit, **values, "seconds": seconds, "folder": name}, indent=1))
             print(f"{arm.name} {point} seed {seed}: {values['hit@1']:.4f}, {seconds:.0f} s", flush=True)
         found: dict[str, Any] = json.loads(result.read_text())
         return found
@@ -139,7 +140,7 @@ class Bench:
                 tried[point] = self.run(arm, point, self.seeds[0], self.search_fit)["mrr"]
             return tried[point]
 
-        best = Point(self.rate * (arm.size / 64) ** 0.25, self.temperature)
+        best = replace(self.start, rate=self.start.rate * (arm.size / 64) ** 0.25)
         for setting in self.searched:
             for factor in (2.0, 0.5):
                 while value(further := replace(best, **{setting: getattr(best, setting) * factor})) > value(best):
@@ -173,36 +174,35 @@ def test_metrics(bench: Bench, name: str, test: str) -> dict[str, Tensor]:
             "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.enable_progress_bar=false",
         ])  # fmt: skip
     found = load_file(vectors)
-    pairs = pq.read_table(test)
-    keys = [
-        _keys(pairs, columns)[found["row"]] for columns in (("qry", "qry_image_path"), ("pos_text", "pos_image_path"))
-    ]
+    pairs = load_pairs(test)
+    keys = [_keys(pairs.items(side))[found["row"]] for side in ("query", "target")]
     return query_metrics(positive_ranks(found["query"], found["target"], *keys))
 
 
-def _keys(pairs: pa.Table, columns: Sequence[str]) -> Tensor:
-    """(N,) equal where text and picture are."""
-    there = [pairs[column].to_pylist() for column in columns if column in pairs.column_names]
-    number: dict[tuple[str, ...], int] = {}
-    return torch.tensor([number.setdefault(item, len(number)) for item in zip(*there, strict=True)])
+def _keys(items: Sequence[Item]) -> Tensor:
+    """(N,) equal where items are."""
+    number = {item: index for index, item in enumerate(dict.fromkeys(items))}
+    return torch.tensor([number[item] for item in items])
 
 
 def cut(given: argparse.Namespace, data: Path) -> None:
     """Write the part trained on, its vectors, and the validation part: whole blocks, as neighbours belong together."""
-    if (data / "train.npy").is_file():
+    if (data / "train.parquet").is_file():
         return
     data.mkdir(parents=True, exist_ok=True)
     table = pq.read_table(given.train)
     block = np.arange(len(table)) // _BLOCK
     held = np.random.default_rng(0).permutation(block[-1] + 1)[: round(given.val_share * (block[-1] + 1))]
     is_val = np.isin(block, held)
-    pq.write_table(table.filter(pa.array(is_val)), data / "val.parquet")
-    pq.write_table(table.filter(pa.array(~is_val)), data / "train.parquet")
     if given.vectors:
         vector = np.load(given.vectors, mmap_mode="r", allow_pickle=False)
         if vector.shape[:2] != (2, len(table)):
             raise SystemExit(f"{given.vectors} has shape {vector.shape}; {given.train} has {len(table)} rows")
         np.save(data / "train.npy", vector[:, ~is_val])
+    pq.write_table(table.filter(pa.array(is_val)), data / "val.parquet")
+    write_atomic(  # the last, since it says that all are there
+        data / "train.parquet", lambda path: pq.write_table(table.filter(pa.array(~is_val)), path)
+    )
 
 
 def make_student(given: argparse.Namespace, folder: Path) -> None:
@@ -347,8 +347,8 @@ def prepare(given: argparse.Namespace) -> Bench:
         config = f"--model.embedder={folder}/student", f"--data.teacher={folder}/data/train.npy"
     searched = tuple(name for name in _SEARCHED if name in given.search)
     fits = tuple(given.fit), tuple(given.search_fit)
-    start = given.rate, given.temperature
-    return Bench(folder, config, given.epochs, *start, tuple(given.seeds), searched, given.mining, *fits)
+    start = Point(given.rate, given.temperature)
+    return Bench(folder, config, given.epochs, start, tuple(given.seeds), searched, given.mining, *fits)
 
 
 def arms_of(given: argparse.Namespace, bench: Bench) -> Iterator[Arm]:

@@ -28,12 +28,12 @@ METRICS = ("hit@1", "hit@10", "mrr")
 
 
 def trained(folder: Path) -> dict[Setting, dict[str, float]]:
-    """Setting -> metrics on the validation part, means over seeds of its best point."""
+    """Setting -> metrics on the validation part, means over seeds of its best point, runs of a search apart."""
     runs: dict[Setting, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for path in sorted(folder.glob("runs/*/result.json")):
         run = json.loads(path.read_text())
         if all(setting.startswith(("--data.plan", "--data.mining")) for setting in run["arm"]["settings"]):
-            runs[_setting(run["arm"])][json.dumps(run["point"])].append(run)
+            runs[_setting(run["arm"])][json.dumps([run["point"], run["fit"]])].append(run)
     found = {}
     for setting, points in runs.items():
         best = max(points.values(), key=lambda seeds: (len(seeds), mean(seed["mrr"] for seed in seeds)))
@@ -45,8 +45,9 @@ def _setting(arm: dict[str, Any]) -> Setting:
     if arm["batches"] != "b3":
         return arm["size"], -1, -1, -1
     plan = next(setting.partition("=")[2] for setting in arm["settings"] if setting.startswith("--data.plan"))
-    mining = json.loads((Path(plan) / "plan.json").read_text())["settings"]
-    return arm["size"], mining["first_rank"], mining["n_ranks"], mining["cluster_size"]
+    about = json.loads((Path(plan) / "plan.json").read_text())
+    (ranks,) = about["ranks"].values()  # what ``auto`` chose, where that was set
+    return arm["size"], ranks["first_rank"], ranks["n_ranks"], about["settings"]["cluster_size"]
 
 
 def foreseen(folder: Path, settings: list[Setting]) -> dict[Setting, dict[str, float]]:

@@ -116,7 +116,9 @@ class Remine(Callback):
     def _remine(self, trainer: Trainer, data: PairsDataModule, epoch: int) -> None:
         try:
             plan = data.new_plan(epoch, self.request(epoch))
-        except Exception as error:  # whatever it was, the processes agree on it, and the plan in use is whole
+        # ``on_error: keep`` asks for this, and it is told each time. All kinds of errors, since the other processes
+        # only learn that one failed (PeerError) and keep the plan: were this one to end alone, they would wait for it
+        except Exception as error:
             if self.on_error == "stop" or data.mined is None:
                 raise
             log.warning("epoch %d: mining failed, so the plan in use is kept: %s", epoch, error)

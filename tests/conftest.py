@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -110,3 +111,9 @@ def fit(tmp_path: Path, shapes: Path) -> Run:
         return folder
 
     return run
+
+
+def losses(run: Path) -> dict[int, str]:
+    """Step -> training loss of a run, as written: equal where it is to the bit."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return {int(row["step"]): row["train/loss"] for row in csv.DictReader(file) if row.get("train/loss")}

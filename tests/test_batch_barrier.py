@@ -98,6 +98,9 @@ def test_a_config_brings_its_own_student(
     (arm,) = barrier.arms_of(given, bench)
     run = bench.arm(arm).runs[0]
     assert barrier.test_metrics(bench, run["folder"], str(pairs))["hit@1"].shape == (96,)
+    written = (tmp_path / "out" / "data" / "train.parquet").stat().st_mtime_ns
+    assert barrier.prepare(given) == bench
+    assert (tmp_path / "out" / "data" / "train.parquet").stat().st_mtime_ns == written  # not cut again
     with pytest.raises(SystemExit):
         barrier.parse([f"--config={config}", "--student=x", "--vectors=y", "--train=a", "--test=b", "--output=c"])
 
@@ -117,7 +120,8 @@ def test_search_doubles_or_halves_while_that_helps(barrier: ModuleType, monkeypa
         return {"mrr": -abs(np.log2(point.rate / 0.04)) - abs(np.log2(point.temperature / 0.025))}
 
     monkeypatch.setattr(barrier.Bench, "run", run)
-    bench = barrier.Bench(Path(), (), 1, 0.01, 0.1, (0,), ("temperature", "rate"), "")
+    start = barrier.Point(0.01, 0.1)
+    bench = barrier.Bench(Path(), (), 1, start, (0,), ("temperature", "rate"), "")
     best, n_tried = bench.search(barrier.Arm("random", 64))
     assert (best.rate, best.temperature) == pytest.approx((0.04, 0.025))
     # 0.1; 0.2, 0.05, 0.025, 0.0125; then rates 0.02, 0.04, 0.08 (0.02 again)

@@ -205,7 +205,6 @@ def test_products_are_summed_in_float32_and_the_users_setting_comes_back(monkeyp
 
 
 def test_neighbours_by_faiss_are_the_exact_ones() -> None:
-    pytest.importorskip("faiss")
     planted = Planted.draw(320, 16)
     vectors = planted.embeddings.query_ND, planted.embeddings.target_ND
     keys = [row // 3 for row in range(len(planted.block_N))]
@@ -218,7 +217,8 @@ def test_neighbours_by_faiss_are_the_exact_ones() -> None:
 
 
 def test_faiss_of_the_cpu_and_too_many_neighbours_are_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    faiss = pytest.importorskip("faiss")
+    import faiss
+
     if not hasattr(faiss, "StandardGpuResources"):
         with pytest.raises(ValueError, match="needs faiss-gpu in the place of faiss-cpu"):
             gpu.FaissTargets(torch.eye(4))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import pickle
 import signal
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run
+from conftest import Run, losses
 
 from b3_lightning.checkpoints import CheckedCheckpointIO
 from b3_lightning.cli import main
@@ -45,11 +44,6 @@ def _settings(path: str) -> list[str]:
     ]
 
 
-def _losses(run: Path) -> dict[int, str]:
-    with (run / "metrics.csv").open(newline="") as file:
-        return {int(row["step"]): row["train/loss"] for row in csv.DictReader(file) if row.get("train/loss")}
-
-
 def _command(folder: Path, shapes: Path, model: str) -> list[str]:
     pairs = shapes / "text-text.parquet"
     return [
@@ -79,7 +73,7 @@ def test_a_run_killed_in_an_epoch_goes_on_to_the_same_losses(
     assert done.returncode == -signal.SIGKILL, done.stderr
     last = folder / "checkpoints" / "last.ckpt"
     fit("text-text", *_settings(models["bert"]), f"--ckpt_path={last}", name="killed")
-    found, expected = _losses(folder), _losses(whole)
+    found, expected = losses(folder), losses(whole)
     assert sorted(found) == list(range(goes_on_at, 18))
     assert found == {step: loss for step, loss in expected.items() if step >= goes_on_at}
 
@@ -160,7 +154,7 @@ def test_with_lora_a_checkpoint_holds_what_is_trained_and_goes_on(fit: Run, mode
     assert names
     assert all("lora_" in name for name in names)
     fit("text-text", *settings, "--trainer.max_epochs=2", f"--ckpt_path={last}", name="half")
-    assert _losses(half) == {step: loss for step, loss in _losses(whole).items() if step >= 2}
+    assert losses(half) == {step: loss for step, loss in losses(whole).items() if step >= 2}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
 import signal
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run
+from conftest import Run, losses
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from b3_lightning import cli
@@ -38,11 +37,6 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
-def _losses(run: Path) -> dict[int, str]:
-    with (run / "metrics.csv").open(newline="") as file:
-        return {int(row["step"]): row["train/loss"] for row in csv.DictReader(file) if row.get("train/loss")}
-
-
 def _ends_after(step: int, asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let SLURM say within a step that the time ends, and end the job when that asks for another start."""
     trains = ContrastiveModule.training_step
@@ -64,7 +58,7 @@ def test_a_job_that_is_queued_again_goes_on_to_the_same_losses(
 ) -> None:
     settings = (f"--model.embedder={models['bert']}", "--data.batches=random", "--trainer.log_every_n_steps=1",
                 "--data.val_pairs=null")  # fmt: skip
-    whole = _losses(fit("text-text", *settings, name="whole"))
+    whole = losses(fit("text-text", *settings, name="whole"))
     with monkeypatch.context() as patch:
         _ends_after(8, asked, patch)
         with pytest.raises(SystemExit):
@@ -74,7 +68,7 @@ def test_a_job_that_is_queued_again_goes_on_to_the_same_losses(
     with pytest.raises(SystemExit, match="holds another run"):
         fit("text-text", *settings, "--model.optim.learning_rate=0.5")
     run = fit("text-text", *settings)
-    assert _losses(run) == {step: loss for step, loss in whole.items() if step >= 9}
+    assert losses(run) == {step: loss for step, loss in whole.items() if step >= 9}
     assert sorted(whole) == list(range(12))
     assert not list(run.glob("hpc_ckpt*"))
 
