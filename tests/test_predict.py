@@ -58,3 +58,16 @@ def test_processes_share_the_rows_and_leave_one_file_of_them(n_rows: int, world_
     assert found["row"].tolist() == list(range(n_rows))
     assert torch.equal(found["query"], torch.arange(n_rows)[:, None] * 2.0)
     assert torch.equal(found["target"], torch.arange(n_rows)[:, None] * 3.0)
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_what_only_training_needs_is_not_read(stage: str, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("qry,pos_text\nquestion,answer\n")
+    given: Any = {"train_pairs": "absent.csv", "teacher": "absent.npy", "plan": "absent", "n_file_negatives": 3}
+    nothing: dict[str, Any] = {}
+    for own in (nothing, given):
+        data = PairsDataModule(val_pairs=str(pairs), test_pairs=str(pairs), batch_size=3, **own)
+        data.setup(stage)
+        assert data.modalities() == {"text"}
+        assert data.n_tasks == 1

@@ -17,7 +17,7 @@ from b3_lightning.data.collate import PairCollator, PairDataset
 from b3_lightning.data.images import ImageCheck
 from b3_lightning.data.miner import MiningRequest, NewPlan, PairMiner, processes_of
 from b3_lightning.data.mixture import Sources, choose, mining_of, place
-from b3_lightning.data.pairs import Modality, PairTable, count_negatives
+from b3_lightning.data.pairs import Modality, PairTable, count_negatives, load_pairs
 from b3_lightning.data.sampler import EpochBatches, EpochLoader, count_steps, random_batches
 from b3_lightning.data.splits import Split
 from b3_lightning.data.teacher import VECTOR_SUFFIXES, check_vectors
@@ -148,28 +148,24 @@ class PairsDataModule(L.LightningDataModule):
 
     @property
     def n_tasks(self) -> int:
-        """How many tasks the training pairs hold."""
-        return len(self.pairs("train").task_weights) if "train" in self._splits else 1
+        """How many tasks the training pairs hold; 1 where there are none."""
+        return len({source.name for source in self.sources["train"] or []}) or 1
 
     def modalities(self) -> set[Modality]:
         """What the loaded pairs hold: text, images, both in one item."""
         return set().union(*(split.modalities(self.n_file_negatives) for split in self._splits.values()))
 
-    def train_texts(self) -> Iterator[str]:
-        """Every text of the training pairs, for learning a vocabulary."""
-        if "train" not in self._splits:
-            raise ValueError(
-                "a small embedder learns its vocabulary from the training pairs: set data.train_pairs too, "
-                "or name the run's export as model.embedder"
-            )
-        return self._splits["train"].texts()
+    def train_texts(self) -> Iterator[str] | None:
+        """Every text of the training pairs, for learning a vocabulary; None where there are no such pairs."""
+        if "train" in self._splits:
+            return self.pairs("train").texts()
+        sources = self.sources["train"]
+        return None if sources is None else load_pairs(sources).texts()
 
     def setup(self, stage: str) -> None:
         wanted = {"fit": ["train"], "validate": ["val"], "test": ["test"], "predict": ["test"]}[stage]
         if stage == "fit" and self.sources["val"] is not None:
             wanted.append("val")
-        if self.sources["train"] is not None and "train" not in wanted:
-            wanted.append("train")
         self.load(*wanted)
         if stage == "fit":
             self.mined, self._batch_plan, self._in_use, self._decided_epoch = None, None, {}, -1

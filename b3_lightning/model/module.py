@@ -113,6 +113,7 @@ class ContrastiveModule(L.LightningModule):
         self._cache: GradCache | None = None
         self._passes: EqualPasses | None = None
         self._seed: int | None = None
+        self._lacks_vocabulary = False
 
     @property
     def embedder(self) -> SentenceTransformer:
@@ -127,7 +128,9 @@ class ContrastiveModule(L.LightningModule):
         if isinstance(strategy, FullyShardedStrategy):
             self._check_shardable()
         if isinstance(self.source, SmallEmbedder):
-            self.model = self.source.build(self.trainer.datamodule.train_texts())  # type: ignore[attr-defined]
+            texts = self.trainer.datamodule.train_texts()  # type: ignore[attr-defined]
+            self._lacks_vocabulary = texts is None
+            self.model = self.source.build(texts or ())
         else:
             self.model = load_embedder(self.source, self.load, self.lora)
         name = self.source if isinstance(self.source, str) else type(self.source).__name__
@@ -276,15 +279,23 @@ class ContrastiveModule(L.LightningModule):
             loss = info_nce(score_BB, temperature=self.temperature(), ignore_BC=same_key(rows, rows))
         self.log(f"{split}/loss", loss, batch_size=len(query_BD), sync_dist=True)
 
-    def on_validation_epoch_start(self) -> None:
+    def _begin_evaluation(self) -> None:
+        if self._lacks_vocabulary:
+            raise ValueError(
+                "a small embedder learns its vocabulary from the training pairs: set data.train_pairs too, "
+                "name the run's export as model.embedder, or its checkpoint as ckpt_path"
+            )
         collect_weights(self.embedder)
+
+    def on_validation_epoch_start(self) -> None:
+        self._begin_evaluation()
 
     def on_validation_epoch_end(self) -> None:
         drop_weights(self.embedder)
         self._log_metrics("val")
 
     def on_test_epoch_start(self) -> None:
-        collect_weights(self.embedder)
+        self._begin_evaluation()
 
     def on_test_epoch_end(self) -> None:
         drop_weights(self.embedder)
@@ -297,7 +308,7 @@ class ContrastiveModule(L.LightningModule):
         self.metrics.reset()
 
     def on_predict_epoch_start(self) -> None:
-        collect_weights(self.embedder)
+        self._begin_evaluation()
 
     def on_predict_epoch_end(self) -> None:
         drop_weights(self.embedder)
@@ -352,6 +363,7 @@ class ContrastiveModule(L.LightningModule):
         vocabulary = checkpoint.get("b3_vocabulary")
         if vocabulary is not None and isinstance(self.source, SmallEmbedder):
             # subwords were learned from the training texts; those of the checkpoint count, whatever pairs are given now
+            self._lacks_vocabulary = False
             self.model = self.source.assemble(Tokenizer.from_str(vocabulary)).to(self.device).train()
 
     @torch.no_grad()
