@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from b3_lightning.data.checks import check_mining, check_plan, refuse_other
+from b3_lightning.data.checks import check_mining, check_plan, check_workers, refuse_other
 from b3_lightning.data.collate import PairCollator, PairDataset
 from b3_lightning.data.images import ImageCheck
 from b3_lightning.data.miner import MiningRequest, NewPlan, PairMiner, processes_of
@@ -53,6 +53,8 @@ class PairsDataModule(L.LightningDataModule):
         cache: folder of the teacher's finished vectors and neighbours; runs that share it share these, and a killed run
             goes on from there. ``cache`` in the run's folder where absent.
         num_workers: processes that read and prepare batches.
+        prefetch_factor: batches that each of them holds ready; torch's 2 where absent.
+        pin_memory: hold batches in memory that a GPU copies from while it computes; where there is one, unless set.
         image_check: ``decode`` every image before training, or read only each ``header``.
         seed: of the draw of batches.
     """
@@ -76,6 +78,8 @@ class PairsDataModule(L.LightningDataModule):
         n_file_negatives: int = 0,
         cache: str | None = None,
         num_workers: int = 0,
+        prefetch_factor: int | None = None,
+        pin_memory: bool | None = None,
         image_check: ImageCheck = "decode",
         seed: int = 0,
     ) -> None:
@@ -92,7 +96,9 @@ class PairsDataModule(L.LightningDataModule):
         self.batches, self.batch_size, self.eval_batch_size = batches, batch_size, eval_batch_size
         self.teacher, self.plan_folder, self.mining = teacher, plan, mining_of(mining, mixture, tasks)
         self.mined_frac, self.n_file_negatives, self.cache = mined_frac or {}, n_file_negatives, cache
-        self.num_workers, self.image_check, self.seed = num_workers, image_check, seed
+        check_workers(num_workers, prefetch_factor)
+        self.num_workers, self.prefetch_factor, self.pin_memory = num_workers, prefetch_factor, pin_memory
+        self.image_check, self.seed = image_check, seed
         self.mined: MinedPlan | None = None
         self.before_epoch: list[Callable[[int], None]] = []
         self.after_mining: list[Callable[[MinedPlan | None, MinedPlan, int, float], None]] = []
@@ -218,11 +224,15 @@ class PairsDataModule(L.LightningDataModule):
 
     def _loading(self, split: str, **collating: Any) -> dict[str, Any]:
         rows = self._splits[split]
-        preprocess: Any = self._trainer().lightning_module.preprocess
+        trainer = self._trainer()
+        preprocess: Any = trainer.lightning_module.preprocess
+        has_gpu = trainer.strategy.root_device.type == "cuda"
         return {
             "dataset": PairDataset(len(rows.pairs)),
             "collate_fn": PairCollator(rows, self.image_root, preprocess, **collating),
             "num_workers": self.num_workers,
+            "prefetch_factor": self.prefetch_factor,
+            "pin_memory": has_gpu if self.pin_memory is None else self.pin_memory,
             # a generator of its own: to begin an epoch must not draw from the one that dropout draws from
             "generator": torch.Generator().manual_seed(self.seed),
         }

@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities import move_data_to_device
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -38,6 +39,7 @@ from b3_lightning.model.gradcache import Encode, GradCache, check_chunkable
 from b3_lightning.model.loss import LossSettings, Rows, Temperature, info_nce, same_key
 from b3_lightning.model.metrics import RetrievalMetrics
 from b3_lightning.model.sharding import (
+    SIDES,
     EqualPasses,
     FullyShardedStrategy,
     check_shardable,
@@ -88,7 +90,7 @@ class ContrastiveModule(L.LightningModule):
         loss: temperature, masks, directions, widths.
         optim: optimiser and schedule.
         chunks: embed the batch in chunks and keep no activations (GradCache): any batch size in the memory of a chunk,
-            for a second forward pass.
+            for a second forward pass. Only the chunk at hand is on the device.
         teacher_load: how a teacher is loaded; as the student where absent.
         fuse_teacher: a teacher that takes texts and images, but not both in one item (CLIP), gets the sum of the two.
     """
@@ -185,9 +187,17 @@ class ContrastiveModule(L.LightningModule):
         features: dict[str, Any] = self.embedder.preprocess(inputs)
         return features
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch; the features of chunks stay where they are, since ``encode`` moves one at a time."""
+        if self.chunks is None:
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        later = {side: [(at_P.to(device), tensors) for at_P, tensors in batch[side]] for side in SIDES if side in batch}
+        rest = {name: value for name, value in batch.items() if name not in later}
+        return {**super().transfer_batch_to_device(rest, device, dataloader_idx), **later}
+
     def encode(self, tensors: dict[str, Any]) -> Tensor:
-        """Features of one kind of input -> (P, D) vectors."""
-        vector_PD: Tensor = self.embedder(dict(tensors))["sentence_embedding"]
+        """Features of one kind of input, on any device -> (P, D) vectors."""
+        vector_PD: Tensor = self.embedder(move_data_to_device(dict(tensors), self.device))["sentence_embedding"]
         return vector_PD
 
     def embed(self, features: Sequence[tuple[Tensor, dict[str, Any]]], encode: Encode | None = None) -> Tensor:
