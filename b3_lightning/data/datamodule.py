@@ -20,7 +20,7 @@ from b3_lightning.data.mixture import Sources, choose, mining_of, place
 from b3_lightning.data.pairs import Modality, PairTable, count_negatives, load_pairs
 from b3_lightning.data.sampler import EpochBatches, EpochLoader, count_steps, random_batches
 from b3_lightning.data.splits import Split
-from b3_lightning.data.teacher import VECTOR_SUFFIXES, check_vectors
+from b3_lightning.data.vectors import VECTOR_SUFFIXES, check_vectors
 from b3_lightning.mining import BatchPlan, MinedPlan, MiningSettings, Processes
 from b3_lightning.mining.store import sha256
 from b3_lightning.mining.whatif import Questions, TaskAnswer
