@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
-from b3_lightning.data.collate import prepare
+from b3_lightning.data import PairsDataModule
+from b3_lightning.data.collate import Features, prepare
 from b3_lightning.data.pairs import Item
 from b3_lightning.model import ContrastiveModule
 from b3_lightning.model.contrast import contrast_batch
@@ -225,17 +227,17 @@ def test_only_the_chunk_at_hand_is_on_the_device(chunks: ChunkSettings | None) -
         def forward(self, features: dict[str, Any]) -> dict[str, Tensor]:
             return {"sentence_embedding": features["words"]}
 
-    module, device = ContrastiveModule("any", chunks=chunks).to("meta"), torch.device("meta")
+    module = ContrastiveModule("any", chunks=chunks).to("meta")
     module.model = Model()
-    batch = {
-        "query": [(torch.arange(2), {"words": torch.ones(2, 3)})],
-        "negative": [],
-        "row_B": torch.arange(2),
-    }
-    moved = module.transfer_batch_to_device(batch, device, 0)
-    (position_P, features), *_ = moved["query"]
+    trainer: Any = SimpleNamespace(lightning_module=module)
+    data = PairsDataModule()
+    data.trainer = trainer
+    features = [Features(torch.arange(2), {"words": torch.ones(2, 3)})]
+    batch = {"query": features, "negative": [], "row_B": torch.arange(2), "task": 0}
+    moved = data.transfer_batch_to_device(batch, torch.device("meta"), 0)
+    ((position_P, tensors),) = moved["query"]
     assert moved["row_B"].is_meta
     assert position_P.is_meta
-    assert moved["negative"] == []
-    assert features["words"].is_meta == (chunks is None)
-    assert module.encode(features).is_meta
+    assert (moved["negative"], moved["task"]) == ([], 0)
+    assert tensors["words"].is_meta == (chunks is None)
+    assert module.encode(tensors).is_meta

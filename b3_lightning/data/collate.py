@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from sentence_transformers.base.modality import infer_modality
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -173,6 +174,19 @@ class PairCollator:
         about = torch.tensor([[PADDING] * 3 if place is None else place[1:] for place in places])
         names = ("negative_row_N", "negative_query_key_N", "negative_target_key_N")
         return {"negative": placed, **dict(zip(names, about.unbind(1), strict=True))}
+
+
+def move_batch(batch: Mapping[str, Any], device: torch.device, *, by_chunk: bool) -> dict[str, Any]:
+    """A batch on a device; ``by_chunk`` leaves the features, all but their positions, for the model to move."""
+    moved = {}
+    for name, value in batch.items():
+        waits = by_chunk and isinstance(value, list)
+        moved[name] = (
+            [Features(part.position_P.to(device), part.tensors) for part in value]
+            if waits
+            else move_data_to_device(value, device)
+        )
+    return moved
 
 
 class ItemCollator:

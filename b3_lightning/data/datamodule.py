@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from b3_lightning.data.checks import check_mining, check_plan, check_workers, refuse_other
-from b3_lightning.data.collate import PairCollator, PairDataset
+from b3_lightning.data.collate import PairCollator, PairDataset, move_batch
 from b3_lightning.data.images import ImageCheck
 from b3_lightning.data.miner import MiningRequest, NewPlan, PairMiner, processes_of
 from b3_lightning.data.mixture import Sources, choose, mining_of, place
@@ -211,6 +211,10 @@ class PairsDataModule(L.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[int]:
         return self._share_loader("test")
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        module: Any = self._trainer().lightning_module
+        return move_batch(batch, device, by_chunk=module.chunks is not None)
 
     def _share_loader(self, split: str) -> DataLoader[int]:
         """This process's share of the rows, or all where there are fewer than processes: none may have nothing to do.
