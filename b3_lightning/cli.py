@@ -261,11 +261,16 @@ class B3CLI(LightningCLI):
         )
         return [best, *checkpoints]
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        self.datamodule.trainer = self.trainer
+        if subcommand in ("validate", "test", "predict"):
+            self.datamodule.setup(subcommand)  # before other processes start, as ``before_fit`` and the others do
+        super()._run_subcommand(subcommand)
+
     def before_fit(self) -> None:
         given = self._get(self.config, "ckpt_path")
         self.config_init["fit"]["ckpt_path"] = where_to_begin(Path(self.run.dir), self.parser_dump(), given)
         self._get(self.config_init, "remine").check(self.datamodule, self.trainer)
-        self.datamodule.trainer = self.trainer
         self.datamodule.setup("fit")
         if self.trainer.is_global_zero:
             self._begin_run()

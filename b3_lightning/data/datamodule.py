@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 
 from b3_lightning.data.checks import check_mining, check_plan, check_workers, refuse_other
 from b3_lightning.data.collate import PairCollator, PairDataset, move_batch
-from b3_lightning.data.images import ImageCheck
+from b3_lightning.data.handed import Handed
+from b3_lightning.data.images import ImageCheck, check_images
 from b3_lightning.data.miner import MiningRequest, NewPlan, PairMiner, processes_of
 from b3_lightning.data.mixture import Sources, choose, mining_of, place
 from b3_lightning.data.pairs import Modality, PairTable, count_negatives, load_pairs
@@ -124,7 +125,10 @@ class PairsDataModule(L.LightningDataModule):
             sources = self.sources[name]
             if sources is None:
                 raise ValueError(f"data.{name}_pairs is not set; give a pairs file, such as --data.{name}_pairs=FILE")
-            self._splits[name] = Split.read(sources, self.image_root, self.image_check)
+            file = self._cache_folder() / f"images-{name}.json" if self.trainer is not None else None
+            handed = None if file is None else Handed.of(self._trainer(), file)
+            check = check_images if handed is None else handed.check_images
+            self._splits[name] = Split.read(sources, self.image_root, self.image_check, check)
         if "train" in splits and not self._checked:
             self._check_training()
             self._checked = True  # ``fit`` sets up twice, and a plan's checksums take time
@@ -241,6 +245,9 @@ class PairsDataModule(L.LightningDataModule):
             "generator": torch.Generator().manual_seed(self.seed),
         }
 
+    def _cache_folder(self) -> Path:
+        return Path(self.cache) if self.cache is not None else Path(self._trainer().default_root_dir) / "cache"
+
     def _trainer(self) -> L.Trainer:
         assert self.trainer is not None
         return self.trainer
@@ -304,15 +311,14 @@ class PairsDataModule(L.LightningDataModule):
 
     def _miner(self) -> PairMiner:
         trainer = self._trainer()
-        run = Path(trainer.default_root_dir)
         return PairMiner(
             train=self._splits["train"],
             trainer=trainer,
             teacher=self.teacher,
             mining=self.mining,
             image_root=self.image_root,
-            cache=Path(self.cache) if self.cache is not None else run / "cache",
-            student_cache=run / "plans" / "unfinished",
+            cache=self._cache_folder(),
+            student_cache=Path(trainer.default_root_dir) / "plans" / "unfinished",
             batch_size=self.batch_size,
             eval_batch_size=self.eval_batch_size,
             num_workers=self.num_workers,

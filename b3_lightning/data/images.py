@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from types import MappingProxyType
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -43,36 +45,60 @@ def load_image(path: str, image_root: Path, *, at_least: int | None = None) -> I
         return image.convert("RGB")
 
 
-def check_images(rows_of_path: dict[str, list[int]], image_root: Path, *, how: ImageCheck) -> dict[str, str]:
-    """Open every image once and return the digest of its content.
+class Seen(NamedTuple):
+    """An image as it was found: its size in bytes, when it was changed last, the SHA-256 of its content."""
+
+    size: int
+    changed_ns: int
+    digest: str
+
+
+def check_images(rows_of_path: Mapping[str, list[int]], image_root: Path, *, how: ImageCheck) -> dict[str, str]:
+    """Open every image once and return the digest of its content; arguments and errors as of ``examine_images``."""
+    return {path: seen.digest for path, seen in examine_images(rows_of_path, image_root, how=how).items()}
+
+
+def examine_images(
+    rows_of_path: Mapping[str, list[int]],
+    image_root: Path,
+    *,
+    how: ImageCheck,
+    known: Mapping[str, Seen] = MappingProxyType({}),
+) -> dict[str, Seen]:
+    """Open every image once.
 
     Args:
         how: ``decode`` reads every pixel (finds truncated files), ``header`` only what names format and size.
+        known: images that were found whole before; those that did not change since are not opened.
 
     Raises:
         ValueError: naming the first five missing, broken or outlying images, how many there are, and their rows.
     """
 
-    def examine(path: str) -> tuple[str | None, str]:
+    def examine(path: str) -> tuple[Seen | None, str]:
         try:
             full = resolve(path, image_root)
             if not full.is_file():
                 return None, "missing"
+            stat, before = full.stat(), known.get(path)
+            if before is not None and before[:2] == (stat.st_size, stat.st_mtime_ns):
+                return before, ""
             with Image.open(full) as image:
                 if how == "decode":
                     image.load()
             with full.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest(), ""
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return Seen(stat.st_size, stat.st_mtime_ns, digest), ""
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             return None, str(error)
 
     with ThreadPoolExecutor() as pool:
         results = dict(zip(rows_of_path, pool.map(examine, rows_of_path), strict=True))
-    bad = {path: why for path, (digest, why) in results.items() if digest is None}
+    bad = {path: why for path, (seen, why) in results.items() if seen is None}
     if bad:
         listed = "\n".join(f"  {path}: {why} ({name_rows(rows_of_path[path])})" for path, why in list(bad.items())[:5])
         raise ValueError(
             f"{len(bad)} of {len(results)} images under {image_root.resolve()} cannot be used:\n{listed}"
             + ("\n  ..." if len(bad) > 5 else "")
         )
-    return {path: digest for path, (digest, _) in results.items() if digest is not None}
+    return {path: seen for path, (seen, _) in results.items() if seen is not None}

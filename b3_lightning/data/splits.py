@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,16 +32,23 @@ class Split:
 
     @classmethod
     def read(
-        cls, sources: str | PairSource | Sequence[str | PairSource], image_root: Path, image_check: ImageCheck
+        cls,
+        sources: str | PairSource | Sequence[str | PairSource],
+        image_root: Path,
+        image_check: ImageCheck,
+        check: Callable[..., dict[str, str]] = check_images,
     ) -> Split:
         """Read and check files, columns and images.
+
+        Args:
+            check: gives the images' digests; ``check_images`` or what spares opening some.
 
         Raises:
             FileNotFoundError: where a file is missing.
             ValueError: on anything wrong with rows or images.
         """
         pairs = load_pairs(sources)
-        digests = check_images(pairs.image_paths(), image_root, how=image_check)
+        digests = check(pairs.image_paths(), image_root, how=image_check)
         contents = {side: [_content(item, digests) for item in pairs.items(side)] for side in TEXT_AND_IMAGE}
         codes: dict[str, dict[Content, int]] = {side: {} for side in contents}
         keys = {side: torch.tensor([_code(content, codes[side]) for content in contents[side]]) for side in contents}
