@@ -78,6 +78,24 @@ def test_places_of_a_file_and_of_a_plan(write: Write) -> None:
     assert "negative" not in PairCollator(split, Path(), preprocess)([0, 1])
 
 
+def test_only_the_negatives_that_are_trained_on_are_kept(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("b3_lightning.data.pairs._ROWS_AT_ONCE", 2)
+    path = write(neg_text=[["", "x", "y"], [], ["z"]], neg_image_path=[["absent.png", "", ""], None, [None]])
+    pairs = load_pairs(path)
+    assert pairs.negatives == [[Item("", "absent.png"), Item("x", ""), Item("y", "")], [], [Item("z", "")]]
+    few = load_pairs(path, n_negatives=1)
+    assert few.negatives == [[Item("", "absent.png")], [], [Item("z", "")]]
+    assert few.n_negatives == pairs.n_negatives == [3, 0, 1]
+    with pytest.raises(ValueError, match=r"1 of 1 images .*\n  absent.png: missing"):
+        Split.read(path, Path(), "decode")
+    none = Split.read(path, Path(), "decode", n_negatives=0)  # nor are their images looked for
+    assert none.pairs.negatives == [[], [], []]
+    path = write(neg_text=[["x", "y"], [], ["z"]])
+    splits = [Split.read(path, Path(), "decode", n_negatives=n) for n in (0, 1, 2)]
+    assert len({split.fingerprint for split in splits}) == 1  # a plan serves any number of them
+    assert len({split.negatives_fingerprint for split in splits}) == 3
+
+
 def test_masked_rows_travel_with_the_batch(write: Write) -> None:
     split = Split.read(write(), Path(), "decode")
     vectors = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.5, 0.5]]), dim=1)

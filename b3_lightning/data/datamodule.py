@@ -50,7 +50,7 @@ class PairsDataModule(L.LightningDataModule):
         mined_frac: epoch -> the share of clusters that is kept from then on, the others' rows being dealt at random,
             such as ``{0: 0.0, 2: 0.5, 4: 1.0}``; 1 before the first.
         n_file_negatives: how many of a row's hard negatives in the pairs files (``neg_text``, ``neg_image_path``) are
-            trained on, beside those that mining writes.
+            trained on, beside those that mining writes; the others are not kept.
         cache: folder of the teacher's finished vectors and neighbours; runs that share it share these, and a killed run
             goes on from there. ``cache`` in the run's folder where absent.
         num_workers: processes that read and prepare batches.
@@ -125,10 +125,11 @@ class PairsDataModule(L.LightningDataModule):
             sources = self.sources[name]
             if sources is None:
                 raise ValueError(f"data.{name}_pairs is not set; give a pairs file, such as --data.{name}_pairs=FILE")
+            n_negatives = self.n_file_negatives if name == "train" else 0
             file = self._cache_folder() / f"images-{name}.json" if self.trainer is not None else None
             handed = None if file is None else Handed.of(self._trainer(), file)
             check = check_images if handed is None else handed.check_images
-            self._splits[name] = Split.read(sources, self.image_root, self.image_check, check)
+            self._splits[name] = Split.read(sources, self.image_root, self.image_check, check, n_negatives)
         if "train" in splits and not self._checked:
             self._check_training()
             self._checked = True  # ``fit`` sets up twice, and a plan's checksums take time
@@ -170,7 +171,7 @@ class PairsDataModule(L.LightningDataModule):
         if "train" in self._splits:
             return self.pairs("train").texts()
         sources = self.sources["train"]
-        return None if sources is None else load_pairs(sources).texts()
+        return None if sources is None else load_pairs(sources, n_negatives=0).texts()
 
     def setup(self, stage: str) -> None:
         wanted = {"fit": ["train"], "validate": ["val"], "test": ["test"], "predict": ["test"]}[stage]
@@ -353,6 +354,7 @@ class PairsDataModule(L.LightningDataModule):
             "seed": self.seed,
             "mined_frac": {str(epoch): frac for epoch, frac in self.mined_frac.items()},
             "n_file_negatives": self.n_file_negatives,
+            **({"negatives": self._splits["train"].negatives_fingerprint} if self.n_file_negatives else {}),
         }
 
     def state_dict(self) -> dict[str, Any]:

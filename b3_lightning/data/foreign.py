@@ -123,7 +123,7 @@ def _negatives(table: pa.Table, names: Mapping[str, str], path: str) -> list[lis
         return [[Item(text, "") for text in row if text] for row in zip(*texts, strict=True)]
     absent = {"neg_text": "", "neg_image_path": ""}  # a name that no column has
     own = {ours: names[ours] for ours in absent if ours in names}
-    return read_negatives(table, PairSource(path, columns={**absent, **own}))
+    return list(read_negatives(table, PairSource(path, columns={**absent, **own})))
 
 
 def _batches(table: pa.Table, column: str | None, path: str) -> dict[Any, list[int]]:

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 TEXT_AND_IMAGE = {"query": ("qry", "qry_image_path"), "target": ("pos_text", "pos_image_path")}
 COLUMNS = (*(column for pair in TEXT_AND_IMAGE.values() for column in pair), "group")
 NEGATIVE_COLUMNS = ("neg_text", "neg_image_path")
+_ROWS_AT_ONCE = 2**14
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,10 @@ def modality_of(item: Item) -> Modality:
 
 
 class PairTable:
-    """All pairs of a run, row ids being positions in the order of the sources; ``negatives`` are those of the files."""
+    """All pairs of a run, row ids being positions in the order of the sources.
+
+    ``negatives`` are those of the files, or the first few of a row's; ``n_negatives`` says how many each row has there.
+    """
 
     def __init__(
         self,
@@ -91,8 +95,10 @@ class PairTable:
         tasks: list[str],
         task_weights: dict[str, float],
         negatives: list[list[Item]],
+        n_negatives: list[int],
     ) -> None:
-        self.columns, self.tasks, self.task_weights, self.negatives = columns, tasks, task_weights, negatives
+        self.columns, self.tasks, self.task_weights = columns, tasks, task_weights
+        self.negatives, self.n_negatives = negatives, n_negatives
         self._items: dict[str, list[Item]] = {}
 
     def __len__(self) -> int:
@@ -130,32 +136,38 @@ class PairTable:
         return rows
 
 
-def load_pairs(sources: str | PairSource | Sequence[str | PairSource]) -> PairTable:
+def load_pairs(sources: str | PairSource | Sequence[str | PairSource], n_negatives: int | None = None) -> PairTable:
     """Read and check pairs.
+
+    Args:
+        n_negatives: at most so many hard negatives of a row are kept; all where absent.
 
     Raises:
         FileNotFoundError: where a path is neither a file, a dataset folder nor a hub name.
         ValueError: on an unknown format, a missing column, no rows, or rows with an empty side.
     """
-    listed = [sources] if isinstance(sources, str | PairSource) else list(sources)
-    if not listed:
+    given = [sources] if isinstance(sources, str | PairSource) else list(sources)
+    if not given:
         raise ValueError("no pairs file was given; set data.train_pairs=FILE")
     columns: dict[str, list[str]] = {name: [] for name in COLUMNS}
     tasks: list[str] = []
     negatives: list[list[Item]] = []
+    counts: list[int] = []
     weights: dict[str, float] = {}
-    for entry in listed:
+    for entry in given:
         source = PairSource(entry) if isinstance(entry, str) else entry
         task = source.name
         if weights.setdefault(task, source.weight) != source.weight:
             raise ValueError(f"task {task!r} is given the weights {weights[task]} and {source.weight}; give it one")
         table = _without_image_tokens(read_table(source.path, source.split), source)
         read = _read_columns(table, source)
-        negatives += read_negatives(table, source)
+        for listed in read_negatives(table, source):
+            negatives.append(listed[:n_negatives])
+            counts.append(len(listed))
         for name in COLUMNS:
             columns[name] += read[name]
         tasks += [task] * len(read["qry"])
-    return PairTable(columns, tasks, weights, negatives)
+    return PairTable(columns, tasks, weights, negatives, counts)
 
 
 def _without_image_tokens(table: pa.Table, source: PairSource) -> pa.Table:
@@ -200,32 +212,48 @@ def _read_columns(table: pa.Table, source: PairSource) -> dict[str, list[str]]:
     return read
 
 
-def read_negatives(table: pa.Table, source: PairSource) -> list[list[Item]]:
-    """Every row's hard negatives; the target's prompt goes before their texts too."""
-    found = {}
-    for name in NEGATIVE_COLUMNS:
-        theirs = source.columns.get(name, name)
-        values = table[theirs].to_pylist() if theirs in table.column_names else [None] * table.num_rows
-        found[name] = [value if isinstance(value, list) else [] if value is None else [value] for value in values]
-        wrong = [row for row, listed in enumerate(found[name]) if any(not isinstance(one or "", str) for one in listed)]
-        if wrong:
-            raise ValueError(
-                f"{source.path}: {theirs!r} must hold texts or lists of texts; not so in {name_rows(wrong)}"
-            )
-    texts, images = found.values()
-    uneven = [
-        row for row, both in enumerate(zip(texts, images, strict=True)) if all(both) and len(both[0]) != len(both[1])
-    ]
+def read_negatives(table: pa.Table, source: PairSource) -> Iterator[list[Item]]:
+    """Every row's hard negatives, a few rows at a time; the target's prompt goes before their texts too.
+
+    Raises:
+        ValueError: on the first of them, where the columns hold what is no text, or not as many texts as images.
+    """
+    nothing = pa.nulls(table.num_rows, pa.string())
+    names = [source.columns.get(name, name) for name in NEGATIVE_COLUMNS]
+    columns = [table[name] if name in table.column_names else nothing for name in names]
+    counts = [_count_listed(column) for column in columns]
+    for name, column, count_N in zip(names, columns, counts, strict=True):
+        kind = column.type.value_type if _is_list(column.type) else column.type
+        if not any(is_text(kind) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)):
+            rows = name_rows(count_N.nonzero()[0].tolist())
+            raise ValueError(f"{source.path}: {name!r} must hold texts or lists of texts; not so in {rows}")
+    texts_N, images_N = counts
+    uneven = ((texts_N != images_N) & (texts_N > 0) & (images_N > 0)).nonzero()[0].tolist()
     if uneven:
         raise ValueError(
             f"{source.path}: as many texts as images of negatives are needed; not so in {name_rows(uneven)}"
         )
-    rows = []
-    for row_texts, row_images in zip(texts, images, strict=True):
-        pairs = itertools.zip_longest(row_texts, row_images)
-        there = [(text or "", image or "") for text, image in pairs if (text or "").strip() or image]
-        rows.append([Item(source.target_prompt + text, image) for text, image in there])
-    return rows
+    for start in range(0, table.num_rows, _ROWS_AT_ONCE):
+        parts = [column.slice(start, _ROWS_AT_ONCE).to_pylist() for column in columns]
+        for texts, images in zip(*([_listed(value) for value in part] for part in parts), strict=True):
+            both = [(text or "", image or "") for text, image in itertools.zip_longest(texts, images)]
+            yield [Item(source.target_prompt + text, image) for text, image in both if text.strip() or image]
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return any(test(kind) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
+
+
+def _count_listed(column: pa.Array | pa.ChunkedArray) -> Any:
+    """(N,) how many values each row of a column holds, be they listed or not."""
+    count = pc.list_value_length(column) if _is_list(column.type) else pc.is_valid(column).cast(pa.int32())
+    return pc.fill_null(count, 0).to_numpy()
+
+
+def _listed(value: Any) -> list[Any]:
+    if isinstance(value, list):
+        return value
+    return [] if value is None else [value]
 
 
 def read_strings(table: pa.Table, column: str, path: str, numbers: bool) -> list[str]:
@@ -260,7 +288,7 @@ def count_negatives(pairs: PairTable, wanted: int) -> None:
     Raises:
         ValueError: where ``wanted`` is negative, or above 0 and the pairs hold none.
     """
-    counts = [len(items) for items in pairs.negatives]
+    counts = pairs.n_negatives
     if wanted < 0:
         raise ValueError(f"data.n_file_negatives={wanted} must not be negative")
     if wanted and not any(counts):

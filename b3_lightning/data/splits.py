@@ -37,17 +37,19 @@ class Split:
         image_root: Path,
         image_check: ImageCheck,
         check: Callable[..., dict[str, str]] = check_images,
+        n_negatives: int | None = None,
     ) -> Split:
         """Read and check files, columns and images.
 
         Args:
+            n_negatives: at most so many hard negatives of a row are kept, and their images checked; all where absent.
             check: gives the images' digests; ``check_images`` or what spares opening some.
 
         Raises:
             FileNotFoundError: where a file is missing.
             ValueError: on anything wrong with rows or images.
         """
-        pairs = load_pairs(sources)
+        pairs = load_pairs(sources, n_negatives)
         digests = check(pairs.image_paths(), image_root, how=image_check)
         contents = {side: [_content(item, digests) for item in pairs.items(side)] for side in TEXT_AND_IMAGE}
         codes: dict[str, dict[Content, int]] = {side: {} for side in contents}
@@ -63,10 +65,18 @@ class Split:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all that the rows hold, in their order."""
-        return fingerprint(
-            tasks=self.pairs.tasks, groups=self.pairs.groups, negatives=self.negative_contents, **self.contents
-        )
+        """SHA-256 of the rows in their order: of all that mining and validation depend on.
+
+        Hard negatives of the files are none of that, and a plan serves whatever number of them is trained on. Each row
+        has an empty list instead, so that plans and ranks of before remain those of these pairs.
+        """
+        empty: list[list[str]] = [[]] * len(self.pairs)
+        return fingerprint(tasks=self.pairs.tasks, groups=self.pairs.groups, negatives=empty, **self.contents)
+
+    @cached_property
+    def negatives_fingerprint(self) -> str:
+        """SHA-256 of the hard negatives that are kept."""
+        return fingerprint(negatives=self.negative_contents)
 
 
 def _content(item: Item, digests: dict[str, str]) -> Content:
