@@ -30,6 +30,7 @@ LAYERS = (
     "evaluation",
     "reports",
     "callbacks",
+    "trainer",
     "verbs",
     "mistakes",
     "cli",
