@@ -35,7 +35,7 @@ from b3_lightning.callbacks import (
 from b3_lightning.callbacks.requeue import where_to_begin
 from b3_lightning.checkpoints import CheckedCheckpointIO, StepCheckpoint
 from b3_lightning.data import PairsDataModule
-from b3_lightning.mistakes import Parser, check_command, check_devices, told
+from b3_lightning.mistakes import Parser, check_command, check_devices, tell_weights, told
 from b3_lightning.model import ContrastiveModule, FullyShardedStrategy
 from b3_lightning.reports.compare import keep_old_metrics
 from b3_lightning.reports.outcome import print_outcome
@@ -217,6 +217,12 @@ class B3CLI(LightningCLI):
 
     def before_plan(self) -> None:
         self.datamodule.load("train")
+
+    def before_validate(self) -> None:
+        if self.trainer.is_global_zero:
+            tell_weights(self._get(self.config, "ckpt_path"), self.model.source, Path(self.run.dir))
+
+    before_test = before_predict = before_validate
 
     def after_fit(self) -> None:
         if self.trainer.is_global_zero:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import difflib
 import dis
+import logging
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
+
+from b3_lightning.callbacks.export import is_export
+from b3_lightning.checkpoints import existing_checkpoint
+from b3_lightning.model.embedder import SmallEmbedder
+
+log = logging.getLogger(__name__)
 
 OUT_OF_MEMORY = (
     "the GPU ran out of memory. Embed a batch in chunks, which keeps |B| as it is: --model.chunks.items=16 (smaller "
@@ -85,6 +93,28 @@ def check_devices(accelerator: Any, devices: Any) -> None:
         )
     if isinstance(devices, int) and devices > n_seen > 0:
         raise ValueError(f"trainer.devices={devices}, but torch sees {n_seen} GPUs: set --trainer.devices={n_seen}")
+
+
+def tell_weights(ckpt_path: str | None, embedder: str | SmallEmbedder, run: Path) -> None:
+    """Say which weights are evaluated: untrained ones by mistake would pass for a run that has learned nothing.
+
+    Args:
+        ckpt_path: as given; its weights take the place of the embedder's.
+        embedder: as set.
+        run: the folder of the run, whose checkpoints are named where none was given.
+
+    Raises:
+        FileNotFoundError: where the checkpoint is no file.
+    """
+    if ckpt_path is not None:
+        log.info("weights: those of the checkpoint %s", existing_checkpoint(ckpt_path))
+    elif isinstance(embedder, str) and is_export(Path(embedder)):
+        log.info("weights: those of the export %s", embedder)
+    else:
+        what = f"model.embedder={embedder} as loaded" if isinstance(embedder, str) else "random, of a small embedder"
+        kept = sorted((run / "checkpoints").glob("*.ckpt"))  # the best comes before the last
+        trained = kept[0] if kept else "RUN/checkpoints/FILE.ckpt"
+        log.warning("weights: %s, which no run has trained; those of a run: --ckpt_path=%s", what, trained)
 
 
 def told(error: Exception) -> str | None:

@@ -18,6 +18,7 @@ from b3_lightning.model.sharding import FullyShardedStrategy
 log = logging.getLogger(__name__)
 
 _MAGNITUDE = "lora_magnitude_vector"
+_TAG = "tags:\n- b3_lightning\n"
 
 
 class Export(Callback):
@@ -67,7 +68,7 @@ class Export(Callback):
         weights = f"best checkpoint `{Path(best).name}`" if best else "the last step"
         return (
             "---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n"
-            "tags:\n- b3_lightning\n---\n\n"
+            f"{_TAG}---\n\n"
             "# Embedding model trained with b3_lightning\n\n"
             f"Weights: {weights}; {trainer.global_step} optimiser steps, {trainer.current_epoch} epochs.\n\n"
             "```python\nfrom sentence_transformers import SentenceTransformer\n\n"
@@ -75,6 +76,12 @@ class Export(Callback):
             f"## Training\n\n```yaml\n{self.description.strip()}\n```\n\n"
             f"## Last validation\n\n| metric | value |\n|---|---|\n{metrics}\n"
         )
+
+
+def is_export(folder: Path) -> bool:
+    """Was the model in this folder trained by a run? Its card says so."""
+    card = folder / "README.md"
+    return card.is_file() and _TAG in card.read_text(encoding="utf-8")
 
 
 def merge_adapters(embedder: nn.Module) -> None:

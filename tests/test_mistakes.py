@@ -6,11 +6,15 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 
+from b3_lightning.callbacks import Export
 from b3_lightning.cli import main
+from b3_lightning.mistakes import tell_weights
+from b3_lightning.model.embedder import SmallEmbedder
 
 Command = Callable[..., str]
 
@@ -139,6 +143,33 @@ def test_going_on_in_the_wrong_folder_or_with_other_batches(told: Command) -> No
     said = told("fit", *again, "--run.dir=elsewhere")
     assert _holds(said, "goes on with a plan that is not in elsewhere.*: set --run.dir to the run that it is of")
     assert _holds(told("fit", *again, "--data.batch_size=8"), "differs in batch_size .16 then, 8 now.")
+    said = told("validate", *again, "--model.embedder={hidden_sizes: [8]}")
+    assert _holds(said, r"weights of another model; \d+ differ, such as model\..*Give model.embedder, model.lora")
+
+
+def test_evaluation_says_whose_weights_it_uses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    last, export, base = tmp_path / "checkpoints/last.ckpt", tmp_path / "export", tmp_path / "base"
+    for folder, card in (
+        (export, Export()._card(L.Trainer(accelerator="cpu", logger=False), None)),
+        (base, "# A model"),
+    ):
+        folder.mkdir()
+        (folder / "README.md").write_text(card)
+    caplog.set_level("INFO", "b3_lightning")
+    tell_weights(None, SmallEmbedder(), tmp_path)
+    assert _holds(caplog.text, "WARNING.*weights: random, of a small embedder.*--ckpt_path=RUN/checkpoints/FILE.ckpt")
+    last.parent.mkdir()
+    last.write_text("")
+    for given, embedder, said in (
+        (str(last), base, f"INFO .*weights: those of the checkpoint {last}"),
+        (None, export, f"INFO .*weights: those of the export {export}"),
+        (None, base, f"WARNING .*weights: model.embedder={base} as loaded, which no run.* --ckpt_path={last}"),
+    ):
+        caplog.clear()
+        tell_weights(given, str(embedder), tmp_path)
+        assert _holds(caplog.text, said)
+    with pytest.raises(FileNotFoundError, match=f"ckpt_path={tmp_path} .it is a folder; in it: {last}"):
+        tell_weights(str(tmp_path), "base", tmp_path)
 
 
 def test_running_out_of_memory_is_answered_with_what_helps(told: Command, monkeypatch: pytest.MonkeyPatch) -> None:
