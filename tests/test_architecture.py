@@ -22,6 +22,7 @@ PACKAGE = ROOT / "b3_lightning"
 LAYERS = (
     "types",
     "progress",
+    "options",
     "signals",
     "mining",
     "checkpoints",

@@ -56,7 +56,7 @@ class EvalModel:
         embedder: Any = load_embedder(path, load, None)
         if embedder.default_prompt_name is not None:
             log.warning(
-                "%s puts its prompt %r before texts by default; here only --query-prompt and --target-prompt are used",
+                "%s puts its prompt %r before texts by default; here only --query_prompt and --target_prompt are used",
                 path,
                 embedder.prompts[embedder.default_prompt_name],
             )
