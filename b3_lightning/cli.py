@@ -35,7 +35,7 @@ from b3_lightning.callbacks import (
 from b3_lightning.callbacks.requeue import where_to_begin
 from b3_lightning.checkpoints import CheckedCheckpointIO, StepCheckpoint
 from b3_lightning.data import PairsDataModule
-from b3_lightning.mistakes import Parser, check_command, check_devices, tell_weights, told
+from b3_lightning.mistakes import Parser, check_command, check_devices, tell_idle, tell_weights, told
 from b3_lightning.model import ContrastiveModule, FullyShardedStrategy
 from b3_lightning.reports.compare import keep_old_metrics
 from b3_lightning.reports.outcome import print_outcome
@@ -201,6 +201,7 @@ class B3CLI(LightningCLI):
         self.datamodule.trainer = self.trainer
         self.datamodule.setup("fit")
         if self.trainer.is_global_zero:
+            tell_idle(self.datamodule, self._get(self.config_init, "remine"))
             self._begin_run()
 
     def _begin_run(self) -> None:

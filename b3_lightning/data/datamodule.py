@@ -127,6 +127,7 @@ class PairsDataModule(L.LightningDataModule):
         pairs = self.pairs("train")
         if self.batches == "b3":
             check_batch_size(self.batch_size, self.mining.cluster_size)
+            self.mining.check_used()
             self.mining.check_fits(len(pairs))
             self.mining.check_tasks(tuple(pairs.task_weights))
         BatchPlan(**self._random_plan(), mined_frac=self.mined_frac)
