@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -197,11 +198,11 @@ def test_evaluation_says_whose_weights_it_uses(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_a_baseline_tells_what_it_leaves_without_effect(caplog: pytest.LogCaptureFixture) -> None:
-    shared = {"mining": MiningSettings(first_rank=1), "mined_frac": {0: 0.5}}
-    tell_idle(PairsDataModule(**shared), Remine(enabled=True))
+    shared = partial(PairsDataModule, mining=MiningSettings(first_rank=1), mined_frac={0: 0.5})
+    tell_idle(shared(), Remine(enabled=True))
     tell_idle(PairsDataModule(batches="random"), Remine())
     assert caplog.text == ""
-    tell_idle(PairsDataModule(batches="random", **shared), Remine(enabled=True))
+    tell_idle(shared(batches="random"), Remine(enabled=True))
     assert _holds(caplog.text, "WARNING .*mines nothing; without effect: data.mining, data.mined_frac, remine\n")
 
 
