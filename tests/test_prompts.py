@@ -8,16 +8,24 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import Run
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from b3_lightning.callbacks.export import keep_prompts, told_prompts
-from b3_lightning.cli import main
+from b3_lightning.cli import B3Trainer, main
+from b3_lightning.data.datamodule import PairsDataModule
+from b3_lightning.data.miner import PairMiner
 from b3_lightning.data.mixture import prompts_of
-from b3_lightning.data.pairs import PairSource
+from b3_lightning.data.pairs import PairSource, TeacherPrompts
 from b3_lightning.evaluation.encode import EvalModel, device_of
+from b3_lightning.mining import MiningSettings, Stages
+from b3_lightning.model import ContrastiveModule
 from b3_lightning.model.embedder import LoadSettings, load_embedder
+from b3_lightning.progress import StageProgress
+
+MINING = MiningSettings(first_rank=1, n_ranks=10, cluster_size=4)
 
 
 def test_an_export_puts_its_prompts_where_training_did_and_never_twice(
@@ -73,3 +81,40 @@ def test_a_prompt_that_would_become_a_system_message_is_not_kept(models: dict[st
     assert kept == {"query": "", "target": ""}
     assert model.prompts["query"] == ""
     assert "- query: put the prompt" in told_prompts(prompts, kept)
+
+
+def _teacher_vectors(run: Path, sources: list[str | PairSource], model: str, **given: object) -> list[torch.Tensor]:
+    """(query, target) of a teacher as ``mine`` encodes it."""
+    data = PairsDataModule(sources, teacher=model, batch_size=16, mining=MINING, cache=str(run), **given)  # type: ignore[arg-type]
+    trainer = B3Trainer(accelerator="cpu", default_root_dir=run, logger=False, enable_checkpointing=False)
+    data.load("train")
+    trainer._prepare(ContrastiveModule(model), data)
+    miner: PairMiner = data._miner()
+    with StageProgress(enabled=False) as progress:
+        vectors = miner._teacher_vectors(Stages(run, miner.processes), progress)
+    return [vectors.query_ND, vectors.target_ND]
+
+
+def test_a_teacher_reads_its_own_prompts_and_its_kept_vectors_follow_them(
+    models: dict[str, str], shapes: Path, tmp_path: Path
+) -> None:
+    path = str(shapes / "text-text.parquet")
+    sources: list[str | PairSource] = [PairSource(path, query_prompt="student: ", target_prompt="student too: ")]
+    bare: list[str | PairSource] = [PairSource(path)]
+    e5: list[str | PairSource] = [PairSource(path, query_prompt="query: ", target_prompt="passage: ")]
+    wanted = _teacher_vectors(tmp_path, e5, models["bert"])
+    given = TeacherPrompts("query: ", "passage: ")
+    for own in (sources, bare):
+        found = _teacher_vectors(tmp_path, own, models["bert"], teacher_prompts=given)
+        assert all(torch.equal(*both) for both in zip(found, wanted, strict=True))
+    as_student = _teacher_vectors(tmp_path, sources, models["bert"])
+    assert not torch.allclose(as_student[0], wanted[0], atol=1e-3)
+    one = _teacher_vectors(tmp_path, sources, models["bert"], teacher_prompts=TeacherPrompts(query="query: "))
+    assert torch.equal(one[0], wanted[0])
+    assert torch.equal(one[1], as_student[1])
+
+
+@pytest.mark.parametrize("teacher", ["student", "vectors.npy"])
+def test_prompts_for_a_teacher_without_texts_are_refused(teacher: str) -> None:
+    with pytest.raises(ValueError, match=f"teacher_prompts are without effect where data.teacher={teacher}"):
+        PairsDataModule("a.csv", teacher=teacher, teacher_prompts=TeacherPrompts(query="x"))
