@@ -89,8 +89,8 @@ class ContrastiveModule(L.LightningModule):
         optim: optimiser and schedule.
         chunks: embed the batch in chunks and keep no activations (GradCache): any batch size in the memory of a chunk,
             for a second forward pass.
-        teacher_load: how a teacher is loaded. Where absent, as the student, but for trust and revision (of one repository),
-            and in bfloat16 where the trainer computes in it and ``load`` names no dtype.
+        teacher_load: how a teacher is loaded. Where absent, as the student, but not with its trust and revision, and
+            in bfloat16 where the trainer computes in it and ``load`` names no dtype.
         fuse_teacher: a teacher that takes texts and images, but not both in one item (CLIP), gets the sum of the two.
     """
 
