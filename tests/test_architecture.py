@@ -32,6 +32,7 @@ LAYERS = (
     "callbacks",
     "verbs",
     "mistakes",
+    "terminal",
     "cli",
     "__main__",
 )

@@ -91,6 +91,7 @@ data:
         (["--ckpt_path=absent.ckpt"], "no checkpoint ckpt_path=absent.ckpt .looked from"),
         (["--ckpt_path=bad.ckpt"], "bad.ckpt is truncated or no checkpoint .*; resume from another one"),
         (["--data.mining.cluster_size=abc"], "data.mining.cluster_size.*\n.*Got value: abc"),
+        (["--model.embedder=null"], "fit needs model.embedder: --model.embedder=PATH_OR_NAME"),
         (["--data.bach_size=8"], "no setting data.bach_size; did you mean data.batch_size"),
     ],
 )
@@ -114,6 +115,8 @@ def test_unknown_commands_and_missing_arguments(told: Command, capsys: pytest.Ca
     assert _holds(told("trian"), "no command 'trian'.*fit, ")
     assert _holds(told("comapre"), "no command 'comapre'; did you mean compare?")
     assert _holds(told("mine"), "required: mine.output")
+    alone = ("--model.embedder=null", "--data.teacher=student", "--output=plan")
+    assert _holds(told("mine", *alone), "mine needs model.embedder: .* where data.teacher is not the student")
     assert _holds(told("validate"), "data.val_pairs is not set; give a pairs file")
     with pytest.raises(SystemExit, match=r"name a command: the commands are fit, .*audit"):
         main([])
