@@ -186,8 +186,8 @@ def _load(path: str, load: LoadSettings) -> SentenceTransformer:
         return SentenceTransformer(modules=[transformer, pooling], device="cpu")
     except OSError as error:
         raise OSError(
-            f"no model {path!r}{at}: no folder here (looked from {Path.cwd()}), and not found on the Hugging Face hub or "
-            "in its cache. Check name and network (HF_HUB_OFFLINE); a private model needs `hf auth login`. It said: "
+            f"no model {path!r}{at}: no folder here (looked from {Path.cwd()}), and not found on the Hugging Face hub "
+            "or in its cache. Check name and network (HF_HUB_OFFLINE); a private model needs `hf auth login`. It said: "
             f"{str(error).splitlines()[0]}"
         ) from error
     except (ValueError, ImportError) as error:
