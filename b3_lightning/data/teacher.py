@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from b3_lightning.data.collate import Features, ItemCollator, PairDataset, Preprocess
-from b3_lightning.data.pairs import Item, PairTable
+from b3_lightning.data.pairs import Item, PairTable, TeacherPrompts
 from b3_lightning.mining import Progress, fingerprint
 from b3_lightning.mining.stages import Stage, Stages
 from b3_lightning.mining.store import sha256, write_atomic
@@ -250,6 +250,15 @@ def student_embed(trainer: Any) -> Iterator[Embed]:
             yield embed
     finally:
         module.train(was_training)
+
+
+def check_prompts(teacher: str, given: TeacherPrompts) -> None:
+    """Refuse prompts for a teacher that reads no texts, or that is the student and has its own."""
+    if given != TeacherPrompts() and (teacher == "student" or teacher.endswith(VECTOR_SUFFIXES)):
+        raise ValueError(
+            f"data.teacher_prompts are without effect where data.teacher={teacher}: leave them out, or name a model. "
+            "The student's are query_prompt and target_prompt of the sources"
+        )
 
 
 def check_vectors(path: str, n_rows: int) -> Embeddings:

@@ -131,7 +131,7 @@ class ContrastiveModule(L.LightningModule):
         else:
             self.model = load_embedder(self.source, self.load, self.lora)
         name = self.source if isinstance(self.source, str) else type(self.source).__name__
-        check_supports(self.model, f"model.embedder={name}", self._modalities())
+        check_supports(self.model, f"model.embedder={name}", self.trainer.datamodule.modalities())  # type: ignore[attr-defined]
         self.model.train()  # what is loaded comes in evaluation mode: without dropout, with frozen batch statistics
         if self.loss.learn_temperature == "per_task":
             self.temperature = Temperature(self.loss, self.trainer.datamodule.n_tasks)  # type: ignore[attr-defined]
@@ -167,15 +167,12 @@ class ContrastiveModule(L.LightningModule):
         model.load_state_dict(own)
         return model
 
-    def load_teacher(self, path: str) -> SentenceTransformer | FusedEmbedder:
-        """Load another model, without an adapter to be trained and without checkpointing."""
+    def load_teacher(self, path: str, modalities: set[Any]) -> SentenceTransformer | FusedEmbedder:
+        """Load another model for items of these kinds, without an adapter to be trained and without checkpointing."""
         loaded = load_embedder(path, replace(self.teacher_load, gradient_checkpointing=False), None)
         teacher = FusedEmbedder(loaded) if self.fuse_teacher else loaded
-        check_supports(teacher, f"data.teacher={path}", self._modalities())
+        check_supports(teacher, f"data.teacher={path}", modalities)
         return teacher
-
-    def _modalities(self) -> set[Any]:
-        return self.trainer.datamodule.modalities()  # type: ignore[attr-defined, no-any-return]
 
     def preprocess(self, inputs: Any) -> dict[str, Any]:
         """Texts, images or dicts of both -> the embedder's features; for the loader's workers."""

@@ -107,6 +107,8 @@ def _evaluate(given: argparse.Namespace, output: Path, processes: Processes) -> 
         given.pooling, given.max_seq_length, given.min_pixels, given.max_pixels, given.dtype, given.chat_template
     )
     model = EvalModel.load(given.model, load, device_of(given.device), fuse=given.fuse)
+    if not given.query_prompt and not given.target_prompt:
+        model.tell_unused_prompts()
     shown = processes.rank == 0 and sys.stdout.isatty()
     with Stages(output, processes).locked(), StageProgress(enabled=shown) as progress:
         encoder = Encoder(model, output / "unfinished", processes, given.batch_size, given.num_workers, progress)
