@@ -365,7 +365,7 @@ def test_clip_takes_image_and_text_only_fused(data: Path, models: dict[str, str]
         (["--tasks", "VOC"], "--tasks VOC: no set of mmeb; they are ImageNet-1K"),
         (["--tasks", "GQA"], r"has no GQA: looked for GQA/test-\*.parquet or GQA.parquet; it has VOC2007"),
         (["--against", "absent.json"], "no results absent.json"),
-        (["--batch-size", "0"], "--batch-size 0 must be above 0"),
+        (["--batch-size", "0"], "--batch_size 0 must be above 0"),
         (["--model", "./absent"], "--model ./absent is no folder"),
     ],
 )

@@ -63,7 +63,7 @@ class EvalModel:
         own = {name: prompt for name, prompt in self.embedder.prompts.items() if prompt}
         if own:
             log.warning(
-                "%s holds the prompts %s; here only --query-prompt and --target-prompt are put before texts",
+                "%s holds the prompts %s; here only --query_prompt and --target_prompt are put before texts",
                 self.name,
                 own,
             )

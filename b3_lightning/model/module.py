@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from b3_lightning.checkpoints import check_weights
 from b3_lightning.model.contrast import contrast_batch
 from b3_lightning.model.distributed import average_gradients, world_size
 from b3_lightning.model.embedder import (
@@ -350,6 +351,7 @@ class ContrastiveModule(L.LightningModule):
         if vocabulary is not None and isinstance(self.source, SmallEmbedder):
             # subwords were learned from the training texts; those of the checkpoint count, whatever pairs are given now
             self.model = self.source.assemble(Tokenizer.from_str(vocabulary)).to(self.device).train()
+        check_weights(state, self.state_dict())
 
     @torch.no_grad()
     def sync_buffers(self) -> None:
