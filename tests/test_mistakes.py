@@ -171,7 +171,7 @@ def test_going_on_in_the_wrong_folder_or_with_other_batches(told: Command) -> No
 def test_evaluation_says_whose_weights_it_uses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     last, export, base = tmp_path / "checkpoints/last.ckpt", tmp_path / "export", tmp_path / "base"
     for folder, card in (
-        (export, Export()._card(L.Trainer(accelerator="cpu", logger=False), None)),
+        (export, Export()._card(L.Trainer(accelerator="cpu", logger=False), None, "")),
         (base, "# A model"),
     ):
         folder.mkdir()

@@ -12,16 +12,16 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
+from b3_lightning.data.checks import check_mining, check_plan, refuse_other
 from b3_lightning.data.collate import PairCollator, PairDataset
 from b3_lightning.data.images import ImageCheck
-from b3_lightning.data.miner import MiningRequest, NewPlan, PairMiner
+from b3_lightning.data.miner import MiningRequest, NewPlan, PairMiner, processes_of
 from b3_lightning.data.mixture import Sources, choose, mining_of, place
 from b3_lightning.data.pairs import Modality, PairTable, TeacherPrompts, count_negatives
-from b3_lightning.data.sampler import EpochBatches, EpochLoader, count_steps
+from b3_lightning.data.sampler import EpochBatches, EpochLoader, count_steps, random_batches
 from b3_lightning.data.splits import Split
 from b3_lightning.data.teacher import VECTOR_SUFFIXES, check_prompts, check_vectors
-from b3_lightning.mining import BatchPlan, MinedPlan, MiningSettings, Processes, random_clusters
-from b3_lightning.mining.batches import check_batch_size
+from b3_lightning.mining import BatchPlan, MinedPlan, MiningSettings, Processes
 from b3_lightning.mining.store import sha256
 from b3_lightning.mining.whatif import Questions, TaskAnswer
 
@@ -127,17 +127,19 @@ class PairsDataModule(L.LightningDataModule):
             self._checked = True  # ``fit`` sets up twice, and a plan's checksums take time
 
     def _check_training(self) -> None:
-        pairs = self.pairs("train")
-        if self.batches == "b3":
-            check_batch_size(self.batch_size, self.mining.cluster_size)
-            self.mining.check_fits(len(pairs))
-            self.mining.check_tasks(tuple(pairs.task_weights))
+        pairs, is_mined = self.pairs("train"), self.batches == "b3"
+        if is_mined and self.plan_folder is None:
+            self.check_mining()
         BatchPlan(**self._random_plan(), mined_frac=self.mined_frac)
         count_negatives(pairs, self.n_file_negatives)
         if self.plan_folder is not None:
-            MinedPlan.load(self.plan_folder).check_rows(len(pairs), self.fingerprint("train"))
-        elif self.batches == "b3" and self.teacher.endswith(VECTOR_SUFFIXES):
+            check_plan(self.plan_folder, pairs, self.fingerprint("train"), self.batch_size if is_mined else None)
+        elif is_mined and self.teacher.endswith(VECTOR_SUFFIXES):
             check_vectors(self.teacher, len(pairs))
+
+    def check_mining(self) -> None:
+        """Refuse settings with which the training pairs cannot be mined; a plan that is given needs none."""
+        check_mining(self.mining, self.pairs("train"), self.batch_size)
 
     def pairs(self, split: str) -> PairTable:
         """The rows of a loaded split."""
@@ -182,17 +184,7 @@ class PairsDataModule(L.LightningDataModule):
     # ---- batches
 
     def _random_plan(self) -> dict[str, Any]:
-        pairs = self.pairs("train")
-        names = tuple(pairs.task_weights)
-        code = {name: task for task, name in enumerate(names)}
-        return {
-            "clusters": random_clusters(len(pairs)),
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "task_N": torch.tensor([code[task] for task in pairs.tasks]),
-            "task_names": names,
-            "task_weights": pairs.task_weights,
-        }
+        return random_batches(self.pairs("train"), self.batch_size, self.seed)
 
     def total_steps(self) -> int:
         """Optimiser steps of the whole run, without touching a loader."""
@@ -219,10 +211,13 @@ class PairsDataModule(L.LightningDataModule):
         return self._share_loader("test")
 
     def predict_dataloader(self) -> DataLoader[int]:
-        return DataLoader(**self._loading("test"), batch_size=self.eval_batch_size)
+        return self._share_loader("test")
 
     def _share_loader(self, split: str) -> DataLoader[int]:
-        """This process's share of the rows; the metrics put the shares together."""
+        """This process's share of the rows, or all where there are fewer than processes: none may have nothing to do.
+
+        The metrics put the shares together, and so does the writer of embeddings; both count a row once.
+        """
         trainer, n_rows = self._trainer(), len(self.pairs(split))
         every = trainer.world_size if n_rows >= trainer.world_size else 1
         share = range(trainer.global_rank % every, n_rows, every)
@@ -295,8 +290,8 @@ class PairsDataModule(L.LightningDataModule):
         return self._miner().ending_at_once()
 
     def processes(self) -> Processes:
-        """Those that share the mining."""
-        return self._miner().processes
+        """Those that share the mining, and what ``predict`` embeds."""
+        return processes_of(self._trainer())
 
     def _miner(self) -> PairMiner:
         trainer = self._trainer()
@@ -354,20 +349,8 @@ class PairsDataModule(L.LightningDataModule):
         self._resume_from = state_dict
 
     def refuse_other_batches(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to train on from a checkpoint whose batches were drawn from anything else.
-
-        Raises:
-            ValueError: naming what differs.
-        """
-        here, there = self._about(), checkpoint.get(type(self).__qualname__, {}).get("about", {})
-        differing = [
-            f"{name} ({there.get(name)} then, {value} now)" for name, value in here.items() if value != there.get(name)
-        ]
-        if differing:
-            raise ValueError(
-                f"the checkpoint is of a run with other batches; it differs in {', '.join(differing)}. "
-                "Give it what it was made with, or start a new run"
-            )
+        """Refuse to train on from a checkpoint whose batches were drawn from anything else; ValueError names it."""
+        refuse_other(self._about(), checkpoint.get(type(self).__qualname__, {}).get("about", {}))
 
     def _restore_plan(self) -> None:
         state, self._resume_from = self._resume_from, None

@@ -59,6 +59,11 @@ class NewPlan(NamedTuple):
     seconds: float
 
 
+def processes_of(trainer: L.Trainer) -> Processes:
+    """Those of a trainer, which share work through files that all see."""
+    return Processes(trainer.global_rank, trainer.world_size, trainer.strategy.reduce_boolean_decision)
+
+
 @dataclass(frozen=True)
 class PairMiner:
     """Mines the training pairs as ``PairsDataModule`` is set; every process of the trainer calls it alike."""
@@ -78,9 +83,7 @@ class PairMiner:
     @property
     def processes(self) -> Processes:
         """Those of the trainer."""
-        return Processes(
-            self.trainer.global_rank, self.trainer.world_size, self.trainer.strategy.reduce_boolean_decision
-        )
+        return processes_of(self.trainer)
 
     def ending_at_once(self) -> AbstractContextManager[None]:
         """While mining, SIGTERM ends this process and those that it started: finished parts are on disk."""
