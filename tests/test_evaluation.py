@@ -141,7 +141,7 @@ def test_mmeb_files_are_read_with_their_quirks(data: Path) -> None:
         (("q", "", [], []), r"there are no targets in row\(s\) 1"),
         (("q", "", ["x", "y"], [""]), r"lists of one length in row\(s\) 1"),
         (("q", "", ["", "y"], ["", ""]), r"the right one, is empty in row\(s\) 1"),
-        (("q", "", ["x"], ["absent.png"]), r"(?s)absent.png: missing.*give their folder: --image-root"),
+        (("q", "", ["x"], ["absent.png"]), r"(?s)absent.png: missing.*give their folder: --image_root"),
         (("q", "", ["x"], ["../secret.png"]), "leaves image_root"),
     ],
 )
