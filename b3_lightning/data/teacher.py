@@ -180,10 +180,13 @@ def _batches_of_parts(parts: list[int], n_items: int, how: Encoding) -> list[lis
 def encoder_fingerprint(model: Any) -> str:
     """SHA-256 of all that decides a SentenceTransformer's vectors: weights, modules, tokenizers, image settings.
 
-    Where the weights are cut over the processes, every process must call it.
+    Weights count with their dtype and wherever they lie; one at a time is held whole. Where they are cut over the
+    processes, every process must call it.
     """
     files: dict[str, str] = {}
+    attention = set()
     for name, module in model.named_modules():
+        attention.add(str(getattr(getattr(module, "config", None), "_attn_implementation", "")))
         for kind in ("tokenizer", "processor"):
             tool: Any = getattr(module, kind, None)
             if hasattr(tool, "save_pretrained"):
@@ -193,12 +196,19 @@ def encoder_fingerprint(model: Any) -> str:
                         files[f"{name}.{kind}/{path.relative_to(folder)}"] = sha256(path)
             elif hasattr(tool, "to_str"):
                 files[f"{name}.{kind}"] = tool.to_str()
-    weights = {
-        f"weight {name}": tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        for name, tensor in model.state_dict().items()
+    weights = {name: fingerprint(weight=_whole(weight)) for name, weight in model.state_dict().items()}
+    about = {
+        "modules": str(model),
+        "attention": sorted(attention),
+        "files": files,
+        "prompts": model.prompts,
+        "length": str(model.max_seq_length),
     }
-    about = {"modules": str(model), "files": files, "prompts": model.prompts, "length": str(model.max_seq_length)}
-    return fingerprint(about=about, **weights)
+    return fingerprint(about=about, weights=weights)
+
+
+def _whole(weight: Tensor) -> Tensor:
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def load_vectors(path: Path) -> Embeddings:

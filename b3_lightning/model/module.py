@@ -90,7 +90,8 @@ class ContrastiveModule(L.LightningModule):
         optim: optimiser and schedule.
         chunks: embed the batch in chunks and keep no activations (GradCache): any batch size in the memory of a chunk,
             for a second forward pass.
-        teacher_load: how a teacher is loaded; as the student where absent.
+        teacher_load: how a teacher is loaded. Where absent, as the student, but not with its trust and revision, and
+            in bfloat16 where the trainer computes in it and ``load`` names no dtype.
         fuse_teacher: a teacher that takes texts and images, but not both in one item (CLIP), gets the sum of the two.
     """
 
@@ -108,7 +109,7 @@ class ContrastiveModule(L.LightningModule):
         super().__init__()
         self.source, self.load, self.lora = embedder, load, lora
         self.loss, self.optim, self.chunks = loss, optim, chunks
-        self.teacher_load, self.fuse_teacher = teacher_load or load, fuse_teacher
+        self.teacher_load, self.fuse_teacher = teacher_load, fuse_teacher
         self.temperature = Temperature(loss)
         self.metrics = RetrievalMetrics()
         self._cache: GradCache | None = None
@@ -170,7 +171,10 @@ class ContrastiveModule(L.LightningModule):
 
     def load_teacher(self, path: str, modalities: set[Any]) -> SentenceTransformer | FusedEmbedder:
         """Load another model for items of these kinds, without an adapter to be trained and without checkpointing."""
-        loaded = load_embedder(path, replace(self.teacher_load, gradient_checkpointing=False), None)
+        load = self.teacher_load or self.load.for_teacher(
+            same_model=path == self.source, precision=str(self.trainer.precision)
+        )
+        loaded = load_embedder(path, replace(load, gradient_checkpointing=False), None)
         teacher = FusedEmbedder(loaded) if self.fuse_teacher else loaded
         check_supports(teacher, f"data.teacher={path}", modalities)
         return teacher
