@@ -35,12 +35,12 @@ from b3_lightning.callbacks import (
 from b3_lightning.callbacks.requeue import where_to_begin
 from b3_lightning.checkpoints import CheckedCheckpointIO, StepCheckpoint
 from b3_lightning.data import PairsDataModule
-from b3_lightning.mistakes import Parser, check_command, check_devices, tell_weights, told
+from b3_lightning.mistakes import Parser, check_command, check_devices, tell_idle, tell_weights, told
 from b3_lightning.model import ContrastiveModule, FullyShardedStrategy
 from b3_lightning.reports.compare import keep_old_metrics
 from b3_lightning.reports.outcome import print_outcome
 from b3_lightning.reports.wandb_mode import WandbMode, has_wandb_key, is_offline
-from b3_lightning.trainer import B3Trainer
+from b3_lightning.trainer import B3Trainer, wait_patiently
 from b3_lightning.verbs import VERBS, run_verb
 
 DESCRIPTION = "Train embedding models on batches mined to be hard (B3)."
@@ -134,7 +134,9 @@ class B3CLI(LightningCLI):
             callbacks.append(EmbeddingWriter())
         if given.get("enable_progress_bar") is not False:
             callbacks.append(RichProgressBar(leave=True))
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        wait_patiently(trainer.strategy)
+        return trainer
 
     def parser_dump(self) -> str:
         """The run's settings as YAML."""
@@ -201,6 +203,7 @@ class B3CLI(LightningCLI):
         self.datamodule.trainer = self.trainer
         self.datamodule.setup("fit")
         if self.trainer.is_global_zero:
+            tell_idle(self.datamodule, self._get(self.config_init, "remine"))
             self._begin_run()
 
     def _begin_run(self) -> None:

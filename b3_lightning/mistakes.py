@@ -16,8 +16,11 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
+from b3_lightning.callbacks import Remine
 from b3_lightning.callbacks.export import is_export
 from b3_lightning.checkpoints import existing_checkpoint
+from b3_lightning.data import PairsDataModule
+from b3_lightning.mining import MiningSettings
 from b3_lightning.model.embedder import SmallEmbedder
 from b3_lightning.options import as_known, nearest
 
@@ -109,6 +112,20 @@ def tell_weights(ckpt_path: str | None, embedder: str | SmallEmbedder, run: Path
         kept = sorted((run / "checkpoints").glob("*.ckpt"))  # the best comes before the last
         trained = kept[0] if kept else "RUN/checkpoints/FILE.ckpt"
         log.warning("weights: %s, which no run has trained; those of a run: --ckpt_path=%s", what, trained)
+
+
+def tell_idle(data: PairsDataModule, remine: Remine) -> None:
+    """Warn of settings that random batches leave without effect: a baseline shares them with the run beside it."""
+    given = {
+        "data.mining": data.mining != MiningSettings(),
+        "data.teacher": data.teacher != "student",
+        "data.plan": data.plan_folder is not None,
+        "data.mined_frac": bool(data.mined_frac),
+        "remine": remine.enabled,
+    }
+    idle = [name for name, changed in given.items() if changed]
+    if data.batches == "random" and idle:
+        log.warning("data.batches=random mines nothing; without effect: %s", ", ".join(idle))
 
 
 def told(error: Exception) -> str | None:

@@ -7,14 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.strategies import Strategy
 from rich.console import Console
+from torch.distributed.constants import default_pg_timeout
 
 from b3_lightning.callbacks import MiningReport
 from b3_lightning.data import PairsDataModule
-from b3_lightning.mining import MinedPlan
+from b3_lightning.mining import PATIENCE, MinedPlan
 from b3_lightning.mining.whatif import Questions
 from b3_lightning.model import ContrastiveModule
 from b3_lightning.reports.whatif import tell_what_if
+
+
+def wait_patiently(strategy: Strategy) -> None:
+    """Have the processes wait for each other as long as one may mine, where no other time was set."""
+    if getattr(strategy, "_timeout", None) == default_pg_timeout:
+        strategy._timeout = PATIENCE  # type: ignore[attr-defined]
 
 
 class B3Trainer(L.Trainer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from b3_lightning.callbacks import Export
+from b3_lightning.callbacks import Export, Remine
 from b3_lightning.cli import main
-from b3_lightning.mistakes import tell_weights
+from b3_lightning.data import PairsDataModule
+from b3_lightning.mining import MiningSettings
+from b3_lightning.mistakes import tell_idle, tell_weights
 from b3_lightning.model.embedder import SmallEmbedder
 from b3_lightning.options import as_known
 
@@ -96,6 +99,7 @@ data:
         (["--ckpt_path=absent.ckpt"], "no checkpoint ckpt_path=absent.ckpt .looked from"),
         (["--ckpt_path=bad.ckpt"], "bad.ckpt is truncated or no checkpoint .*; resume from another one"),
         (["--data.mining.cluster_size=abc"], "data.mining.cluster_size.*\n.*Got value: abc"),
+        (["--data.mining.min_recall=0.9"], "min_recall=0.9 is without effect .* or leave min_recall at 0.95"),
         (["--data.bach_size=8"], "no setting data.bach_size; did you mean data.batch_size"),
         (["--data.mining.per-task.OK-VQA.first_rank=0"], "per_task names unknown tasks .'OK-VQA'."),
     ],
@@ -191,6 +195,15 @@ def test_evaluation_says_whose_weights_it_uses(tmp_path: Path, caplog: pytest.Lo
         assert _holds(caplog.text, said)
     with pytest.raises(FileNotFoundError, match=f"ckpt_path={tmp_path} .it is a folder; in it: {last}"):
         tell_weights(str(tmp_path), "base", tmp_path)
+
+
+def test_a_baseline_tells_what_it_leaves_without_effect(caplog: pytest.LogCaptureFixture) -> None:
+    shared = partial(PairsDataModule, mining=MiningSettings(first_rank=1), mined_frac={0: 0.5})
+    tell_idle(shared(), Remine(enabled=True))
+    tell_idle(PairsDataModule(batches="random"), Remine())
+    assert caplog.text == ""
+    tell_idle(shared(batches="random"), Remine(enabled=True))
+    assert _holds(caplog.text, "WARNING .*mines nothing; without effect: data.mining, data.mined_frac, remine\n")
 
 
 def test_running_out_of_memory_is_answered_with_what_helps(told: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ def _add_encoding(group: Any) -> None:
     group.add_argument("--device", help="such as cpu or cuda:1 (default: this process's GPU, or the CPU)")
     group.add_argument("--dtype", help="of the weights, such as bfloat16 (default: float32)")
     group.add_argument("--revision", help="branch, tag or commit of a model on the hub (default: its main branch)")
-    group.add_argument("--trust-remote-code", action="store_true", help="run code of the model's repository: a risk")
+    group.add_argument("--trust_remote_code", action="store_true", help="run code of the model's repository: a risk")
     group.add_argument("--pooling", choices=["lasttoken", "mean", "cls"], help="for a plain transformers model")
     group.add_argument("--max_seq_length", type=int, help="tokens a text is cut to (default: the model's own)")
     group.add_argument("--min_pixels", type=int, help="of an image, for Qwen2-VL and its kin; with --max_pixels")
