@@ -16,7 +16,9 @@ from b3_lightning.callbacks import EmbeddingWriter
 from b3_lightning.data import PairsDataModule
 
 
-def _trainer(rank: int, world_size: int, folder: Path, gate: threading.Barrier | None = None) -> Any:
+def _trainer(
+    rank: int, world_size: int, folder: Path, gate: threading.Barrier | None = None, device: str = "cpu"
+) -> Any:
     """One of several processes, of which each is a thread."""
 
     def all_true(own: bool) -> bool:
@@ -28,7 +30,7 @@ def _trainer(rank: int, world_size: int, folder: Path, gate: threading.Barrier |
         global_rank=rank,
         world_size=world_size,
         default_root_dir=str(folder),
-        strategy=SimpleNamespace(reduce_boolean_decision=all_true),
+        strategy=SimpleNamespace(reduce_boolean_decision=all_true, root_device=torch.device(device)),
         lightning_module=SimpleNamespace(preprocess=lambda inputs: {"inputs": inputs}),
     )
 
@@ -58,3 +60,34 @@ def test_processes_share_the_rows_and_leave_one_file_of_them(n_rows: int, world_
     assert found["row"].tolist() == list(range(n_rows))
     assert torch.equal(found["query"], torch.arange(n_rows)[:, None] * 2.0)
     assert torch.equal(found["target"], torch.arange(n_rows)[:, None] * 3.0)
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_what_only_training_needs_is_not_read(stage: str, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("qry,pos_text\nquestion,answer\n")
+    given: Any = {"train_pairs": "absent.csv", "teacher": "absent.npy", "plan": "absent", "n_file_negatives": 3}
+    nothing: dict[str, Any] = {}
+    for own in (nothing, given):
+        data = PairsDataModule(val_pairs=str(pairs), test_pairs=str(pairs), batch_size=3, **own)
+        data.setup(stage)
+        assert data.modalities() == {"text"}
+        assert data.n_tasks == 1
+
+
+def test_batches_are_pinned_where_there_is_a_gpu_and_prefetched_as_set(tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("qry,pos_text\nquestion,answer\n")
+
+    def loader(device: str, **settings: Any) -> Any:
+        data = PairsDataModule(val_pairs=str(pairs), **settings)
+        data.trainer = _trainer(0, 1, tmp_path, device=device)
+        data.setup("validate")
+        return data.val_dataloader()
+
+    assert loader("cuda").pin_memory
+    assert not loader("cuda", pin_memory=False).pin_memory
+    assert not loader("cpu").pin_memory
+    assert loader("cpu", num_workers=2, prefetch_factor=5).prefetch_factor == 5
+    with pytest.raises(ValueError, match=r"data.prefetch_factor=5 .* set data.num_workers=0 above 0"):
+        PairsDataModule(prefetch_factor=5)

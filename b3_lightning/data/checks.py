@@ -10,6 +10,17 @@ from b3_lightning.mining import MinedPlan, MiningSettings
 from b3_lightning.mining.batches import check_batch_size
 
 
+def check_workers(num_workers: int, prefetch_factor: int | None) -> None:
+    """Refuse numbers that no loader can have, and batches to be prefetched by nobody; ValueError names them."""
+    if num_workers < 0:
+        raise ValueError(f"data.num_workers={num_workers} must not be negative")
+    if prefetch_factor is not None and (num_workers == 0 or prefetch_factor < 1):
+        raise ValueError(
+            f"data.prefetch_factor={prefetch_factor} must be at least 1 and needs workers that prefetch: set "
+            f"data.num_workers={num_workers} above 0, or leave it out"
+        )
+
+
 def check_mining(mining: MiningSettings, pairs: PairTable, batch_size: int) -> None:
     """Refuse settings with which these pairs cannot be mined.
 

@@ -12,12 +12,12 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from b3_lightning.data.checks import check_mining, check_plan, refuse_other
+from b3_lightning.data.checks import check_mining, check_plan, check_workers, refuse_other
 from b3_lightning.data.collate import PairCollator, PairDataset
 from b3_lightning.data.images import ImageCheck
 from b3_lightning.data.miner import MiningRequest, NewPlan, PairMiner, processes_of
 from b3_lightning.data.mixture import Sources, choose, mining_of, place
-from b3_lightning.data.pairs import Modality, PairTable, TeacherPrompts, count_negatives
+from b3_lightning.data.pairs import Modality, PairTable, TeacherPrompts, count_negatives, load_pairs
 from b3_lightning.data.sampler import EpochBatches, EpochLoader, count_steps, random_batches
 from b3_lightning.data.splits import Split
 from b3_lightning.data.teacher import VECTOR_SUFFIXES, check_prompts, check_vectors
@@ -54,6 +54,8 @@ class PairsDataModule(L.LightningDataModule):
         cache: folder of the teacher's finished vectors and neighbours; runs that share it share these, and a killed run
             goes on from there. ``cache`` in the run's folder where absent.
         num_workers: processes that read and prepare batches.
+        prefetch_factor: batches that each of them holds ready; torch's 2 where absent.
+        pin_memory: hold batches in memory that a GPU copies from while it computes; where there is one, unless set.
         image_check: ``decode`` every image before training, or read only each ``header``.
         seed: of the draw of batches.
     """
@@ -78,6 +80,8 @@ class PairsDataModule(L.LightningDataModule):
         n_file_negatives: int = 0,
         cache: str | None = None,
         num_workers: int = 0,
+        prefetch_factor: int | None = None,
+        pin_memory: bool | None = None,
         image_check: ImageCheck = "decode",
         seed: int = 0,
     ) -> None:
@@ -95,7 +99,9 @@ class PairsDataModule(L.LightningDataModule):
         self.batches, self.batch_size, self.eval_batch_size = batches, batch_size, eval_batch_size
         self.teacher, self.plan_folder, self.mining = teacher, plan, mining_of(mining, mixture, tasks)
         self.mined_frac, self.n_file_negatives, self.cache = mined_frac or {}, n_file_negatives, cache
-        self.num_workers, self.image_check, self.seed = num_workers, image_check, seed
+        check_workers(num_workers, prefetch_factor)
+        self.num_workers, self.prefetch_factor, self.pin_memory = num_workers, prefetch_factor, pin_memory
+        self.image_check, self.seed = image_check, seed
         self.mined: MinedPlan | None = None
         self.before_epoch: list[Callable[[int], None]] = []
         self.after_mining: list[Callable[[MinedPlan | None, MinedPlan, int, float], None]] = []
@@ -151,28 +157,24 @@ class PairsDataModule(L.LightningDataModule):
 
     @property
     def n_tasks(self) -> int:
-        """How many tasks the training pairs hold."""
-        return len(self.pairs("train").task_weights) if "train" in self._splits else 1
+        """How many tasks the training pairs hold; 1 where there are none."""
+        return len({source.name for source in self.sources["train"] or []}) or 1
 
     def modalities(self) -> set[Modality]:
         """What the loaded pairs hold: text, images, both in one item."""
         return set().union(*(split.modalities(self.n_file_negatives) for split in self._splits.values()))
 
-    def train_texts(self) -> Iterator[str]:
-        """Every text of the training pairs, for learning a vocabulary."""
-        if "train" not in self._splits:
-            raise ValueError(
-                "a small embedder learns its vocabulary from the training pairs: set data.train_pairs too, "
-                "or name the run's export as model.embedder"
-            )
-        return self._splits["train"].texts()
+    def train_texts(self) -> Iterator[str] | None:
+        """Every text of the training pairs, for learning a vocabulary; None where there are no such pairs."""
+        if "train" in self._splits:
+            return self.pairs("train").texts()
+        sources = self.sources["train"]
+        return None if sources is None else load_pairs(sources).texts()
 
     def setup(self, stage: str) -> None:
         wanted = {"fit": ["train"], "validate": ["val"], "test": ["test"], "predict": ["test"]}[stage]
         if stage == "fit" and self.sources["val"] is not None:
             wanted.append("val")
-        if self.sources["train"] is not None and "train" not in wanted:
-            wanted.append("train")
         self.load(*wanted)
         if stage == "fit":
             self.mined, self._batch_plan, self._in_use, self._decided_epoch = None, None, {}, -1
@@ -225,11 +227,15 @@ class PairsDataModule(L.LightningDataModule):
 
     def _loading(self, split: str, **collating: Any) -> dict[str, Any]:
         rows = self._splits[split]
-        preprocess: Any = self._trainer().lightning_module.preprocess
+        trainer = self._trainer()
+        preprocess: Any = trainer.lightning_module.preprocess
+        has_gpu = trainer.strategy.root_device.type == "cuda"
         return {
             "dataset": PairDataset(len(rows.pairs)),
             "collate_fn": PairCollator(rows, self.image_root, preprocess, **collating),
             "num_workers": self.num_workers,
+            "prefetch_factor": self.prefetch_factor,
+            "pin_memory": has_gpu if self.pin_memory is None else self.pin_memory,
             # a generator of its own: to begin an epoch must not draw from the one that dropout draws from
             "generator": torch.Generator().manual_seed(self.seed),
         }

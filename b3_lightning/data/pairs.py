@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,6 +146,11 @@ class PairTable:
         """Every row's group, None for a row without; None where no row has one."""
         groups = [group or None for group in self.columns["group"]]
         return groups if any(groups) else None
+
+    def texts(self) -> Iterator[str]:
+        """Every text of both sides, for learning a vocabulary."""
+        for text, _ in TEXT_AND_IMAGE.values():
+            yield from (value for value in self.columns[text] if value)
 
     def image_paths(self) -> dict[str, list[int]]:
         """Every distinct image and the rows that use it."""

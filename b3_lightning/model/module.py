@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities import move_data_to_device
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -39,6 +40,7 @@ from b3_lightning.model.gradcache import Encode, GradCache, check_chunkable
 from b3_lightning.model.loss import LossSettings, Rows, Temperature, info_nce, same_key
 from b3_lightning.model.metrics import RetrievalMetrics
 from b3_lightning.model.sharding import (
+    SIDES,
     EqualPasses,
     FullyShardedStrategy,
     check_shardable,
@@ -89,7 +91,7 @@ class ContrastiveModule(L.LightningModule):
         loss: temperature, masks, directions, widths.
         optim: optimiser and schedule.
         chunks: embed the batch in chunks and keep no activations (GradCache): any batch size in the memory of a chunk,
-            for a second forward pass.
+            for a second forward pass. Only the chunk at hand is on the device.
         teacher_load: how a teacher is loaded. Where absent, as the student, but not with its trust and revision, and
             in bfloat16 where the trainer computes in it and ``load`` names no dtype.
         fuse_teacher: a teacher that takes texts and images, but not both in one item (CLIP), gets the sum of the two.
@@ -115,6 +117,7 @@ class ContrastiveModule(L.LightningModule):
         self._cache: GradCache | None = None
         self._passes: EqualPasses | None = None
         self._seed: int | None = None
+        self._lacks_vocabulary = False
 
     @property
     def embedder(self) -> SentenceTransformer:
@@ -129,7 +132,9 @@ class ContrastiveModule(L.LightningModule):
         if isinstance(strategy, FullyShardedStrategy):
             self._check_shardable()
         if isinstance(self.source, SmallEmbedder):
-            self.model = self.source.build(self.trainer.datamodule.train_texts())  # type: ignore[attr-defined]
+            texts = self.trainer.datamodule.train_texts()  # type: ignore[attr-defined]
+            self._lacks_vocabulary = texts is None
+            self.model = self.source.build(texts or ())
         else:
             self.model = load_embedder(self.source, self.load, self.lora)
         name = self.source if isinstance(self.source, str) else type(self.source).__name__
@@ -184,9 +189,17 @@ class ContrastiveModule(L.LightningModule):
         features: dict[str, Any] = self.embedder.preprocess(inputs)
         return features
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch; the features of chunks stay where they are, since ``encode`` moves one at a time."""
+        if self.chunks is None:
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        later = {side: [(at_P.to(device), tensors) for at_P, tensors in batch[side]] for side in SIDES if side in batch}
+        rest = {name: value for name, value in batch.items() if name not in later}
+        return {**super().transfer_batch_to_device(rest, device, dataloader_idx), **later}
+
     def encode(self, tensors: dict[str, Any]) -> Tensor:
-        """Features of one kind of input -> (P, D) vectors."""
-        vector_PD: Tensor = self.embedder(dict(tensors))["sentence_embedding"]
+        """Features of one kind of input, on any device -> (P, D) vectors."""
+        vector_PD: Tensor = self.embedder(move_data_to_device(dict(tensors), self.device))["sentence_embedding"]
         return vector_PD
 
     def embed(self, features: Sequence[tuple[Tensor, dict[str, Any]]], encode: Encode | None = None) -> Tensor:
@@ -278,15 +291,23 @@ class ContrastiveModule(L.LightningModule):
             loss = info_nce(score_BB, temperature=self.temperature(), ignore_BC=same_key(rows, rows))
         self.log(f"{split}/loss", loss, batch_size=len(query_BD), sync_dist=True)
 
-    def on_validation_epoch_start(self) -> None:
+    def _begin_evaluation(self) -> None:
+        if self._lacks_vocabulary:
+            raise ValueError(
+                "a small embedder learns its vocabulary from the training pairs: set data.train_pairs too, "
+                "name the run's export as model.embedder, or its checkpoint as ckpt_path"
+            )
         collect_weights(self.embedder)
+
+    def on_validation_epoch_start(self) -> None:
+        self._begin_evaluation()
 
     def on_validation_epoch_end(self) -> None:
         drop_weights(self.embedder)
         self._log_metrics("val")
 
     def on_test_epoch_start(self) -> None:
-        collect_weights(self.embedder)
+        self._begin_evaluation()
 
     def on_test_epoch_end(self) -> None:
         drop_weights(self.embedder)
@@ -299,7 +320,7 @@ class ContrastiveModule(L.LightningModule):
         self.metrics.reset()
 
     def on_predict_epoch_start(self) -> None:
-        collect_weights(self.embedder)
+        self._begin_evaluation()
 
     def on_predict_epoch_end(self) -> None:
         drop_weights(self.embedder)
@@ -354,6 +375,7 @@ class ContrastiveModule(L.LightningModule):
         vocabulary = checkpoint.get("b3_vocabulary")
         if vocabulary is not None and isinstance(self.source, SmallEmbedder):
             # subwords were learned from the training texts; those of the checkpoint count, whatever pairs are given now
+            self._lacks_vocabulary = False
             self.model = self.source.assemble(Tokenizer.from_str(vocabulary)).to(self.device).train()
         check_weights(state, self.state_dict())
 
