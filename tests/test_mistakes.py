@@ -100,6 +100,7 @@ data:
         (["--ckpt_path=bad.ckpt"], "bad.ckpt is truncated or no checkpoint .*; resume from another one"),
         (["--data.mining.cluster_size=abc"], "data.mining.cluster_size.*\n.*Got value: abc"),
         (["--data.mining.min_recall=0.9"], "min_recall=0.9 is without effect .* or leave min_recall at 0.95"),
+        (["--model.embedder=null"], "fit needs model.embedder: --model.embedder=PATH_OR_NAME"),
         (["--data.bach_size=8"], "no setting data.bach_size; did you mean data.batch_size"),
         (["--data.mining.per-task.OK-VQA.first_rank=0"], "per_task names unknown tasks .'OK-VQA'."),
     ],
@@ -124,6 +125,8 @@ def test_unknown_commands_and_missing_arguments(told: Command, capsys: pytest.Ca
     assert _holds(told("trian"), "no command 'trian'.*fit, ")
     assert _holds(told("comapre"), "no command 'comapre'; did you mean compare?")
     assert _holds(told("mine"), "required: mine.output")
+    alone = ("--model.embedder=null", "--data.teacher=student", "--output=plan")
+    assert _holds(told("mine", *alone), "mine needs model.embedder: .* where data.teacher is not the student")
     assert _holds(told("validate"), "data.val_pairs is not set; give a pairs file")
     with pytest.raises(SystemExit, match=r"name a command: the commands are fit, .*audit"):
         main([])

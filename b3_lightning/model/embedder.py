@@ -149,28 +149,7 @@ class LoraSettings:
 
 def load_embedder(path: str, load: LoadSettings, lora: LoraSettings | None) -> SentenceTransformer:
     """Load from a folder or a hub name, with unit-norm embeddings and, where asked for, a LoRA adapter."""
-    hub: dict[str, Any] = {"trust_remote_code": load.trust_remote_code, "revision": load.revision}
-    weights: dict[str, Any] = {"dtype": load.dtype or "float32"}
-    if load.attn_implementation is not None:
-        weights["attn_implementation"] = load.attn_implementation
-    # Qwen2-VL's processor calls the fewest and most pixels of an image its shortest and longest edge
-    size = {"shortest_edge": load.min_pixels, "longest_edge": load.max_pixels}
-    pixels = {"size": size} if load.min_pixels is not None else {}
-    try:
-        if load.pooling is None:
-            model = SentenceTransformer(path, device="cpu", model_kwargs=weights, processor_kwargs=pixels, **hub)
-        else:
-            transformer = Transformer(
-                path, model_kwargs=hub | weights, processor_kwargs=hub | pixels, config_kwargs=dict(hub)
-            )
-            pooling = Pooling(transformer.get_embedding_dimension(), load.pooling)
-            model = SentenceTransformer(modules=[transformer, pooling], device="cpu")
-    except OSError as error:
-        raise OSError(
-            f"no model {path!r}: no folder here (looked from {Path.cwd()}), and not found on the Hugging Face hub or "
-            "in its cache. Check name and network (HF_HUB_OFFLINE); a private model needs `hf auth login`. It said: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+    model = _load(path, load)
     complete_adapter(model, path, load.revision)
     if not isinstance(model[-1], Normalize):
         model.append(Normalize())
@@ -186,6 +165,38 @@ def load_embedder(path: str, load: LoadSettings, lora: LoraSettings | None) -> S
     if load.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def _load(path: str, load: LoadSettings) -> SentenceTransformer:
+    hub: dict[str, Any] = {"trust_remote_code": load.trust_remote_code, "revision": load.revision}
+    weights: dict[str, Any] = {"dtype": load.dtype or "float32"}
+    if load.attn_implementation is not None:
+        weights["attn_implementation"] = load.attn_implementation
+    # Qwen2-VL's processor calls the fewest and most pixels of an image its shortest and longest edge
+    size = {"shortest_edge": load.min_pixels, "longest_edge": load.max_pixels}
+    pixels = {"size": size} if load.min_pixels is not None else {}
+    at = "" if load.revision is None else f" at revision {load.revision!r}"
+    try:
+        if load.pooling is None:
+            return SentenceTransformer(path, device="cpu", model_kwargs=weights, processor_kwargs=pixels, **hub)
+        transformer = Transformer(
+            path, model_kwargs=hub | weights, processor_kwargs=hub | pixels, config_kwargs=dict(hub)
+        )
+        pooling = Pooling(transformer.get_embedding_dimension(), load.pooling)
+        return SentenceTransformer(modules=[transformer, pooling], device="cpu")
+    except OSError as error:
+        raise OSError(
+            f"no model {path!r}{at}: no folder here (looked from {Path.cwd()}), and not found on the Hugging Face hub "
+            "or in its cache. Check name and network (HF_HUB_OFFLINE); a private model needs `hf auth login`. It said: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    except (ValueError, ImportError) as error:
+        if load.attn_implementation is None and "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{path} does not load with trust_remote_code={load.trust_remote_code} and attn_implementation="
+            f"{load.attn_implementation} of model.load: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _set_template(model: SentenceTransformer, template: str, path: str) -> None:

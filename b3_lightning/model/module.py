@@ -86,6 +86,7 @@ class ContrastiveModule(L.LightningModule):
 
     Args:
         embedder: folder or name of a SentenceTransformer or transformers model, or a small architecture to build.
+            Not needed where nothing but a teacher is asked.
         load: how a folder or name is loaded.
         lora: train an adapter instead of all weights.
         loss: temperature, masks, directions, widths.
@@ -99,7 +100,7 @@ class ContrastiveModule(L.LightningModule):
 
     def __init__(
         self,
-        embedder: str | SmallEmbedder,
+        embedder: str | SmallEmbedder | None = None,
         load: LoadSettings = LoadSettings(),  # noqa: B008 - frozen
         lora: LoraSettings | None = None,
         loss: LossSettings = LossSettings(),  # noqa: B008 - frozen
@@ -131,6 +132,8 @@ class ContrastiveModule(L.LightningModule):
         check_strategy(strategy)
         if isinstance(strategy, FullyShardedStrategy):
             self._check_shardable()
+        if self.source is None:
+            raise ValueError("model.embedder is not set: name a model's folder or hub name, or a small architecture")
         if isinstance(self.source, SmallEmbedder):
             texts = self.trainer.datamodule.train_texts()  # type: ignore[attr-defined]
             self._lacks_vocabulary = texts is None
