@@ -175,7 +175,7 @@ def test_help_names_every_command(tmp_path: Path) -> None:
         (["--data.batch_size=128"], "96 rows, fewer than batch_size=128"),
         (["--data.train_pairs=absent.parquet"], "no pairs file absent.parquet"),
         (["--data.image_root=."], "96 of 96 images under"),
-        (["--data.teacher=absent.npy"], "data.teacher=absent.npy names a file of vectors that does not exist"),
+        (["--data.teacher=absent.npy"], "no file of vectors absent.npy"),
         (["--data.plan=absent"], "absent holds no mined plan"),
     ],
 )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from b3_lightning.data.collate import prepare
+from b3_lightning.data.datamodule import PairsDataModule
 from b3_lightning.data.pairs import Item
 from b3_lightning.model import ContrastiveModule
 from b3_lightning.model.contrast import contrast_batch
@@ -232,7 +234,9 @@ def test_only_the_chunk_at_hand_is_on_the_device(chunks: ChunkSettings | None) -
         "negative": [],
         "row_B": torch.arange(2),
     }
-    moved = module.transfer_batch_to_device(batch, device, 0)
+    data = PairsDataModule()
+    data.trainer = cast(Any, SimpleNamespace(lightning_module=module))
+    moved = data.transfer_batch_to_device(batch, device, 0)
     (position_P, features), *_ = moved["query"]
     assert moved["row_B"].is_meta
     assert position_P.is_meta

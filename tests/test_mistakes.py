@@ -93,7 +93,7 @@ data:
         (["--data.teacher=short.npy"], "short.npy holds vectors of 37 rows, the pairs have 40"),
         (["--data.teacher=flat.npy"], "has shape .40, 8.; .2, rows, dimensions. is needed"),
         (["--data.teacher=nan.npy"], "query vectors hold NaN, infinity or only zeros in row.s. 5; embed these again"),
-        (["--data.teacher=absent.npy"], "absent.npy names a file of vectors that does not exist"),
+        (["--data.teacher=absent.npy"], "no file of vectors absent.npy .looked from"),
         (["--data.plan=absent"], "absent holds no mined plan .no plan.json.; make one with the 'mine' command"),
         (["--model.embedder=nobody/absent"], "no model 'nobody/absent': no folder here .* Check name and network"),
         (["--ckpt_path=absent.ckpt"], "no checkpoint ckpt_path=absent.ckpt .looked from"),

@@ -20,7 +20,8 @@ from b3_lightning.data.mixture import Sources, choose, mining_of, place
 from b3_lightning.data.pairs import Modality, PairTable, TeacherPrompts, count_negatives, load_pairs
 from b3_lightning.data.sampler import EpochBatches, EpochLoader, count_steps, random_batches
 from b3_lightning.data.splits import Split
-from b3_lightning.data.teacher import VECTOR_SUFFIXES, check_prompts, check_vectors
+from b3_lightning.data.teacher import check_prompts
+from b3_lightning.data.vectors import VECTOR_SUFFIXES, check_vectors
 from b3_lightning.mining import BatchPlan, MinedPlan, MiningSettings, Processes
 from b3_lightning.mining.store import sha256
 from b3_lightning.mining.whatif import Questions, TaskAnswer
@@ -239,6 +240,14 @@ class PairsDataModule(L.LightningDataModule):
             # a generator of its own: to begin an epoch must not draw from the one that dropout draws from
             "generator": torch.Generator().manual_seed(self.seed),
         }
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        module: Any = self._trainer().lightning_module
+        stay = set() if module.chunks is None else {name for name, value in batch.items() if isinstance(value, list)}
+        moved = {name: value for name, value in batch.items() if name not in stay}
+        moved = super().transfer_batch_to_device(moved, device, dataloader_idx)
+        # the module moves features itself, a chunk at a time
+        return moved | {name: [(at_P.to(device), tensors) for at_P, tensors in batch[name]] for name in stay}
 
     def _trainer(self) -> L.Trainer:
         assert self.trainer is not None

@@ -17,13 +17,12 @@ import torch
 from b3_lightning.data.pairs import TeacherPrompts
 from b3_lightning.data.splits import Split
 from b3_lightning.data.teacher import (
-    VECTOR_SUFFIXES,
     PairEncoder,
-    check_vectors,
     encoder_fingerprint,
     student_embed,
     teacher_embed,
 )
+from b3_lightning.data.vectors import VECTOR_SUFFIXES, check_vectors
 from b3_lightning.mining import MinedPlan, MiningSettings, Processes, Stages, fingerprint, help_mine, mine
 from b3_lightning.mining.store import sha256
 from b3_lightning.mining.whatif import Questions, TaskAnswer, what_if

@@ -1,4 +1,4 @@
-"""Vectors for mining: from a model (each distinct item encoded once), or from files that the user brings."""
+"""Vectors for mining from a model, each distinct item encoded once; those that a user brings: vectors.py."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from b3_lightning.data.collate import Features, ItemCollator, PairDataset, Preprocess
 from b3_lightning.data.pairs import Item, PairTable, TeacherPrompts
+from b3_lightning.data.vectors import VECTOR_SUFFIXES, load_vectors
 from b3_lightning.mining import Progress, fingerprint
 from b3_lightning.mining.stages import Stage, Stages
 from b3_lightning.mining.store import sha256, write_atomic
@@ -28,7 +27,6 @@ from b3_lightning.types import Embeddings, round_to_grid_
 
 PART_ITEMS = 4096
 """Items a part of the encoding: what a killed run may lose."""
-VECTOR_SUFFIXES = (".npy", ".safetensors", ".parquet")
 Embed = Callable[[list[Features]], Tensor]
 """Features of a batch -> (B, D) vectors on any device."""
 
@@ -211,24 +209,6 @@ def _whole(weight: Tensor) -> Tensor:
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-def load_vectors(path: Path) -> Embeddings:
-    """Read vectors: .npy of shape (2, N, D), queries first; .safetensors, .parquet with ``query`` and ``target``."""
-    if path.suffix == ".npy":
-        array = np.load(path, mmap_mode="c", allow_pickle=False)
-        if array.ndim != 3 or len(array) != 2:
-            raise ValueError(f"{path} has shape {array.shape}; (2, rows, dimensions) is needed: queries, then targets")
-        return Embeddings.from_arrays(array[0], array[1])
-    if path.suffix == ".safetensors":
-        found: dict[str, Any] = dict(load_file(path))
-    else:
-        table = pq.read_table(path)
-        found = {name: np.stack(table[name].to_numpy()) for name in table.column_names if name in ("query", "target")}
-    missing = [name for name in ("query", "target") if name not in found]
-    if missing:
-        raise ValueError(f"{path} lacks {missing}; it needs 'query' and 'target', one vector a row")
-    return Embeddings.from_arrays(found["query"], found["target"])
-
-
 def teacher_embed(teacher: Any, device: torch.device) -> Embed:
     """How a SentenceTransformer embeds, in evaluation mode on ``device``."""
     teacher.to(device).eval()
@@ -269,13 +249,3 @@ def check_prompts(teacher: str, given: TeacherPrompts) -> None:
             f"data.teacher_prompts are without effect where data.teacher={teacher}: leave them out, or name a model. "
             "The student's are query_prompt and target_prompt of the sources"
         )
-
-
-def check_vectors(path: str, n_rows: int) -> Embeddings:
-    """Read vectors from a file and refuse another number of rows."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"data.teacher={path} names a file of vectors that does not exist")
-    embeddings = load_vectors(Path(path))
-    if len(embeddings) != n_rows:
-        raise ValueError(f"data.teacher={path} holds vectors of {len(embeddings)} rows, the pairs have {n_rows}")
-    return embeddings

@@ -40,7 +40,6 @@ from b3_lightning.model.gradcache import Encode, GradCache, check_chunkable
 from b3_lightning.model.loss import LossSettings, Rows, Temperature, info_nce, same_key
 from b3_lightning.model.metrics import RetrievalMetrics
 from b3_lightning.model.sharding import (
-    SIDES,
     EqualPasses,
     FullyShardedStrategy,
     check_shardable,
@@ -191,14 +190,6 @@ class ContrastiveModule(L.LightningModule):
         """Texts, images or dicts of both -> the embedder's features; for the loader's workers."""
         features: dict[str, Any] = self.embedder.preprocess(inputs)
         return features
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch; the features of chunks stay where they are, since ``encode`` moves one at a time."""
-        if self.chunks is None:
-            return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        later = {side: [(at_P.to(device), tensors) for at_P, tensors in batch[side]] for side in SIDES if side in batch}
-        rest = {name: value for name, value in batch.items() if name not in later}
-        return {**super().transfer_batch_to_device(rest, device, dataloader_idx), **later}
 
     def encode(self, tensors: dict[str, Any]) -> Tensor:
         """Features of one kind of input, on any device -> (P, D) vectors."""
