@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,15 +31,13 @@ from b3_lightning.callbacks import (
 from b3_lightning.callbacks.requeue import where_to_begin
 from b3_lightning.checkpoints import CheckedCheckpointIO, StepCheckpoint
 from b3_lightning.data import PairsDataModule
-from b3_lightning.mining import MinedPlan
-from b3_lightning.mining.whatif import Questions
-from b3_lightning.mistakes import Parser, check_command, check_devices, told
+from b3_lightning.mistakes import Parser, check_command, check_devices, tell_idle, tell_weights, told
 from b3_lightning.model import ContrastiveModule, FullyShardedStrategy
 from b3_lightning.reports.compare import keep_old_metrics
 from b3_lightning.reports.outcome import print_outcome
 from b3_lightning.reports.wandb_mode import WandbMode, has_wandb_key, is_offline
-from b3_lightning.reports.whatif import tell_what_if
 from b3_lightning.terminal import quieten, show_log
+from b3_lightning.trainer import B3Trainer, wait_patiently
 from b3_lightning.verbs import VERBS, run_verb
 
 DESCRIPTION = "Train embedding models on batches mined to be hard (B3)."
@@ -82,70 +79,6 @@ class RunSettings:
     def is_offline(self) -> bool:
         """Does W&B stay on this machine?"""
         return is_offline(self.wandb)
-
-
-class B3Trainer(L.Trainer):
-    """Lightning's Trainer, which also mines without training."""
-
-    def mine(self, model: ContrastiveModule, datamodule: PairsDataModule, output: str) -> MinedPlan | None:
-        """Mine the training pairs into a plan and write it with a report.
-
-        Args:
-            output: the folder to write.
-        """
-        mined: MinedPlan | None = self._launched(self._mine, model, datamodule, output)
-        return mined
-
-    def plan(
-        self,
-        model: ContrastiveModule,
-        datamodule: PairsDataModule,
-        output: str | None = None,
-        questions: Questions = Questions(),  # noqa: B008 - frozen
-    ) -> None:
-        """Say before training what mining will buy, for which batch size, cluster size and window.
-
-        Args:
-            output: folder for what_if.html and what_if.parquet; ``what_if`` in the run's folder where absent.
-            questions: batch sizes, cluster sizes and windows to compare.
-        """
-        folder = Path(output if output is not None else Path(self.default_root_dir) / "what_if")
-        self._launched(self._plan, model, datamodule, folder, questions)
-
-    def _launched(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        launch = self.strategy.launcher
-        return work(*arguments) if launch is None else launch.launch(work, *arguments, trainer=self)
-
-    def _plan(self, model: ContrastiveModule, datamodule: PairsDataModule, folder: Path, questions: Questions) -> None:
-        self._prepare(model, datamodule)
-        processes = datamodule.processes()
-        with datamodule.ending_at_once(), processes.failing_together():
-            answers = datamodule.what_if(questions)
-            if answers is not None:
-                tell_what_if(Console(), answers, datamodule.batch_size, folder)
-            processes.barrier()
-
-    def _mine(self, model: ContrastiveModule, datamodule: PairsDataModule, output: str) -> MinedPlan | None:
-        self._prepare(model, datamodule)
-        processes = datamodule.processes()
-        with datamodule.ending_at_once(), processes.failing_together():
-            mined = datamodule.mine()
-            if mined is not None:
-                mined.save(output)
-                for callback in self.callbacks:  # type: ignore[attr-defined]
-                    if isinstance(callback, MiningReport):
-                        callback.write(mined, datamodule, Path(output), f"Mined plan: {Path(output).name}")
-            processes.barrier()
-        return mined
-
-    def _prepare(self, model: ContrastiveModule, datamodule: PairsDataModule) -> None:
-        datamodule.trainer, self.datamodule = self, datamodule
-        model.trainer = self
-        self.strategy._lightning_module = model
-        self.strategy.setup_environment()
-        if datamodule.teacher == "student":
-            model.configure_model()
-            model.to(self.strategy.root_device)
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -206,7 +139,9 @@ class B3CLI(LightningCLI):
             callbacks.append(EmbeddingWriter())
         if given.get("enable_progress_bar") is not False:
             callbacks.append(RichProgressBar(leave=True))
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        wait_patiently(trainer.strategy)
+        return trainer
 
     def parser_dump(self) -> str:
         """The run's settings as YAML."""
@@ -273,6 +208,7 @@ class B3CLI(LightningCLI):
         self.datamodule.trainer = self.trainer
         self.datamodule.setup("fit")
         if self.trainer.is_global_zero:
+            tell_idle(self.datamodule, self._get(self.config_init, "remine"))
             self._begin_run()
 
     def _begin_run(self) -> None:
@@ -289,6 +225,12 @@ class B3CLI(LightningCLI):
 
     def before_plan(self) -> None:
         self.datamodule.load("train")
+
+    def before_validate(self) -> None:
+        if self.trainer.is_global_zero:
+            tell_weights(self._get(self.config, "ckpt_path"), self.model.source, Path(self.run.dir))
+
+    before_test = before_predict = before_validate
 
     def after_fit(self) -> None:
         if self.trainer.is_global_zero:

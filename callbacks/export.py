@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 _MAGNITUDE = "lora_magnitude_vector"
 _PROMPT_NAMES = {"query": "query", "target": "document"}  # side -> sentence-transformers' name
+_TAG = "tags:\n- b3_lightning\n"
 
 
 class Export(Callback):
@@ -78,7 +79,7 @@ class Export(Callback):
         weights = f"best checkpoint `{Path(best).name}`" if best else "the last step"
         return (
             "---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n"
-            "tags:\n- b3_lightning\n---\n\n"
+            f"{_TAG}---\n\n"
             "# Embedding model trained with b3_lightning\n\n"
             f"Weights: {weights}; {trainer.global_step} optimiser steps, {trainer.current_epoch} epochs.\n\n"
             "```python\nfrom sentence_transformers import SentenceTransformer\n\n"
@@ -131,6 +132,12 @@ def told_prompts(prompts: Prompts, kept: Mapping[str, str]) -> str:
             )
             lines.append(f"- {side}: put the prompt of its task before the text yourself: {each}")
     return "\n".join(["## Prompts", "", *lines, "", ""]) if lines else ""
+
+
+def is_export(folder: Path) -> bool:
+    """Was the model in this folder trained by a run? Its card says so."""
+    card = folder / "README.md"
+    return card.is_file() and _TAG in card.read_text(encoding="utf-8")
 
 
 def merge_adapters(embedder: nn.Module) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from b3_lightning.callbacks.export import keep_prompts, told_prompts
-from b3_lightning.cli import B3Trainer, main
+from b3_lightning.cli import main
 from b3_lightning.data.datamodule import PairsDataModule
 from b3_lightning.data.miner import PairMiner
 from b3_lightning.data.mixture import prompts_of
@@ -24,6 +24,7 @@ from b3_lightning.mining import MiningSettings, Stages
 from b3_lightning.model import ContrastiveModule
 from b3_lightning.model.embedder import LoadSettings, load_embedder
 from b3_lightning.progress import StageProgress
+from b3_lightning.trainer import B3Trainer
 
 MINING = MiningSettings(first_rank=1, n_ranks=10, cluster_size=4)
 

@@ -21,10 +21,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from b3_lightning.data.teacher import encoder_fingerprint
+from b3_lightning.data.teacher import encoder_fingerprint, map_rows
 from b3_lightning.mining import MinedPlan, MiningSettings, Processes, Stages, fingerprint, mine, neighbors
 from b3_lightning.mining.stages import Stage
 from b3_lightning.model.embedder import LoadSettings, load_embedder
+from b3_lightning.types import Embeddings
 
 SETTINGS = MiningSettings(first_rank=1, n_ranks=6, cluster_size=4)
 
@@ -270,6 +271,27 @@ def test_an_encoder_s_fingerprint_follows_weights_lengths_and_image_settings(mod
         of("qwen2_vl", pooling="lasttoken", min_pixels=4 * 784, max_pixels=n * 784) for n in (8, 16)
     ]  # fmt: skip
     assert pixels[0] != pixels[1]
+
+
+def test_the_vectors_of_all_rows_are_one_file_that_every_process_maps(tmp_path: Path) -> None:
+    item_UD = torch.from_numpy(vectors(5))
+    position_2N = torch.tensor([[4, 0, 0, 2], [1, 3, 2, 0]])
+    stage = Stages(tmp_path).stage("vectors", "f" * 16)
+    for part, vector_PD in enumerate(item_UD.split(3)):
+        stage.put(part, {"vector_UD": vector_PD})
+    found = map_rows(stage, 2, position_2N)
+    expected = Embeddings.from_arrays(item_UD[position_2N[0]], item_UD[position_2N[1]])
+    assert torch.equal(found.query_ND, expected.query_ND)
+    assert torch.equal(found.target_ND, expected.target_ND)
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("rows.npy")]
+    assert mapped, "a copy of its own costs every process the memory of all vectors"
+
+
+def test_rows_whose_vector_cannot_be_scaled_are_named(tmp_path: Path) -> None:
+    stage = Stages(tmp_path).stage("vectors", "f" * 16)
+    stage.put(0, {"vector_UD": torch.tensor([[1.0, 0.0], [0.0, 0.0]])})
+    with pytest.raises(ValueError, match=r"target vectors hold NaN, infinity or only zeros in row\(s\) 1, 2; embed"):
+        map_rows(stage, 1, torch.tensor([[0, 0, 0], [0, 1, 1]]))
 
 
 def test_a_model_s_fingerprint_holds_one_weight_whole_and_tells_dtypes_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,13 +17,12 @@ import torch
 from b3_lightning.data.pairs import TeacherPrompts
 from b3_lightning.data.splits import Split
 from b3_lightning.data.teacher import (
-    VECTOR_SUFFIXES,
     PairEncoder,
-    check_vectors,
     encoder_fingerprint,
     student_embed,
     teacher_embed,
 )
+from b3_lightning.data.vectors import VECTOR_SUFFIXES, check_vectors
 from b3_lightning.mining import MinedPlan, MiningSettings, Processes, Stages, fingerprint, help_mine, mine
 from b3_lightning.mining.store import sha256
 from b3_lightning.mining.whatif import Questions, TaskAnswer, what_if
@@ -59,6 +58,11 @@ class NewPlan(NamedTuple):
     seconds: float
 
 
+def processes_of(trainer: L.Trainer) -> Processes:
+    """Those of a trainer, which share work through files that all see."""
+    return Processes(trainer.global_rank, trainer.world_size, trainer.strategy.reduce_boolean_decision)
+
+
 @dataclass(frozen=True)
 class PairMiner:
     """Mines the training pairs as ``PairsDataModule`` is set; every process of the trainer calls it alike."""
@@ -78,9 +82,7 @@ class PairMiner:
     @property
     def processes(self) -> Processes:
         """Those of the trainer."""
-        return Processes(
-            self.trainer.global_rank, self.trainer.world_size, self.trainer.strategy.reduce_boolean_decision
-        )
+        return processes_of(self.trainer)
 
     def ending_at_once(self) -> AbstractContextManager[None]:
         """While mining, SIGTERM ends this process and those that it started: finished parts are on disk."""

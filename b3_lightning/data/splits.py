@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -71,11 +71,6 @@ class Split:
         """What the pairs hold: text, images, both in one item; the first few negatives of every row included."""
         found = {modality_of(item) for side in TEXT_AND_IMAGE for item in self.pairs.items(side)}
         return found | {modality_of(item) for items in self.pairs.negatives for item in items[:n_file_negatives]}
-
-    def texts(self) -> Iterator[str]:
-        """Every text, for learning a vocabulary."""
-        for side in TEXT_AND_IMAGE:
-            yield from (item.text for item in self.pairs.items(side) if item.text)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from b3_lightning.data.teacher import Embed, Encoding, encode_items, encoder_fingerprint, teacher_embed
 from b3_lightning.evaluation.sets import EvalSet
-from b3_lightning.mining import Processes, Progress, Stages, fingerprint
+from b3_lightning.mining import PATIENCE, Processes, Progress, Stages, fingerprint
 from b3_lightning.model.embedder import LoadSettings, check_supports, load_embedder
 from b3_lightning.model.fused import FusedEmbedder
 
@@ -63,7 +62,7 @@ class EvalModel:
         own = {name: prompt for name, prompt in self.embedder.prompts.items() if prompt}
         if own:
             log.warning(
-                "%s holds the prompts %s; here only --query-prompt and --target-prompt are put before texts",
+                "%s holds the prompts %s; here only --query_prompt and --target_prompt are put before texts",
                 self.name,
                 own,
             )
@@ -123,7 +122,7 @@ def joined_processes() -> Iterator[Processes]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Processes()
         return
-    dist.init_process_group("gloo", timeout=timedelta(days=1))
+    dist.init_process_group("gloo", timeout=PATIENCE)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), _all_true)
     finally:

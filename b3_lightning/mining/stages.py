@@ -15,6 +15,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from torch import Tensor
 from b3_lightning.mining.store import write_bytes
 
 log = logging.getLogger(__name__)
+
+PATIENCE = timedelta(days=1)
+"""How long a process waits for others; torch's half hour is shorter than one of them may mine alone."""
 
 Tensors = dict[str, Tensor]
 _PART_FORMAT = "1"
@@ -56,7 +60,7 @@ class Processes:
             PeerError: where one of them failed instead of coming here.
         """
         if not self.all_true(True):
-            raise PeerError("another process failed while mining; its own log says why")
+            raise PeerError("another process failed in work that all share; its own log says why")
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities import move_data_to_device
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from b3_lightning.checkpoints import check_weights
 from b3_lightning.model.contrast import contrast_batch
 from b3_lightning.model.distributed import average_gradients, world_size
 from b3_lightning.model.embedder import (
@@ -89,7 +91,7 @@ class ContrastiveModule(L.LightningModule):
         loss: temperature, masks, directions, widths.
         optim: optimiser and schedule.
         chunks: embed the batch in chunks and keep no activations (GradCache): any batch size in the memory of a chunk,
-            for a second forward pass.
+            for a second forward pass. Only the chunk at hand is on the device.
         teacher_load: how a teacher is loaded. Where absent, as the student, but not with its trust and revision, and
             in bfloat16 where the trainer computes in it and ``load`` names no dtype.
         fuse_teacher: a teacher that takes texts and images, but not both in one item (CLIP), gets the sum of the two.
@@ -115,6 +117,7 @@ class ContrastiveModule(L.LightningModule):
         self._cache: GradCache | None = None
         self._passes: EqualPasses | None = None
         self._seed: int | None = None
+        self._lacks_vocabulary = False
 
     @property
     def embedder(self) -> SentenceTransformer:
@@ -131,7 +134,9 @@ class ContrastiveModule(L.LightningModule):
         if self.source is None:
             raise ValueError("model.embedder is not set: name a model's folder or hub name, or a small architecture")
         if isinstance(self.source, SmallEmbedder):
-            self.model = self.source.build(self.trainer.datamodule.train_texts())  # type: ignore[attr-defined]
+            texts = self.trainer.datamodule.train_texts()  # type: ignore[attr-defined]
+            self._lacks_vocabulary = texts is None
+            self.model = self.source.build(texts or ())
         else:
             self.model = load_embedder(self.source, self.load, self.lora)
         name = self.source if isinstance(self.source, str) else type(self.source).__name__
@@ -187,8 +192,8 @@ class ContrastiveModule(L.LightningModule):
         return features
 
     def encode(self, tensors: dict[str, Any]) -> Tensor:
-        """Features of one kind of input -> (P, D) vectors."""
-        vector_PD: Tensor = self.embedder(dict(tensors))["sentence_embedding"]
+        """Features of one kind of input, on any device -> (P, D) vectors."""
+        vector_PD: Tensor = self.embedder(move_data_to_device(dict(tensors), self.device))["sentence_embedding"]
         return vector_PD
 
     def embed(self, features: Sequence[tuple[Tensor, dict[str, Any]]], encode: Encode | None = None) -> Tensor:
@@ -280,15 +285,23 @@ class ContrastiveModule(L.LightningModule):
             loss = info_nce(score_BB, temperature=self.temperature(), ignore_BC=same_key(rows, rows))
         self.log(f"{split}/loss", loss, batch_size=len(query_BD), sync_dist=True)
 
-    def on_validation_epoch_start(self) -> None:
+    def _begin_evaluation(self) -> None:
+        if self._lacks_vocabulary:
+            raise ValueError(
+                "a small embedder learns its vocabulary from the training pairs: set data.train_pairs too, "
+                "name the run's export as model.embedder, or its checkpoint as ckpt_path"
+            )
         collect_weights(self.embedder)
+
+    def on_validation_epoch_start(self) -> None:
+        self._begin_evaluation()
 
     def on_validation_epoch_end(self) -> None:
         drop_weights(self.embedder)
         self._log_metrics("val")
 
     def on_test_epoch_start(self) -> None:
-        collect_weights(self.embedder)
+        self._begin_evaluation()
 
     def on_test_epoch_end(self) -> None:
         drop_weights(self.embedder)
@@ -301,7 +314,7 @@ class ContrastiveModule(L.LightningModule):
         self.metrics.reset()
 
     def on_predict_epoch_start(self) -> None:
-        collect_weights(self.embedder)
+        self._begin_evaluation()
 
     def on_predict_epoch_end(self) -> None:
         drop_weights(self.embedder)
@@ -356,7 +369,9 @@ class ContrastiveModule(L.LightningModule):
         vocabulary = checkpoint.get("b3_vocabulary")
         if vocabulary is not None and isinstance(self.source, SmallEmbedder):
             # subwords were learned from the training texts; those of the checkpoint count, whatever pairs are given now
+            self._lacks_vocabulary = False
             self.model = self.source.assemble(Tokenizer.from_str(vocabulary)).to(self.device).train()
+        check_weights(state, self.state_dict())
 
     @torch.no_grad()
     def sync_buffers(self) -> None:
