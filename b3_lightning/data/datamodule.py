@@ -108,9 +108,8 @@ class PairsDataModule(L.LightningDataModule):
         self.after_mining: list[Callable[[MinedPlan | None, MinedPlan, int, float], None]] = []
         self._batch_plan: BatchPlan | None = None
         self._splits: dict[str, Split] = {}
-        self._checked = False
+        self._checked, self._decided_epoch = False, -1
         self._in_use: dict[str, Any] = {}
-        self._decided_epoch = -1
         self._resume_from: dict[str, Any] | None = None
 
     # ---- pairs
