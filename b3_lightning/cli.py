@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,7 @@ from typing import Any
 import lightning as L
 import yaml
 from jsonargparse import DefaultHelpFormatter
-from jsonargparse._deprecated import JsonargparseDeprecationWarning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
@@ -40,6 +36,7 @@ from b3_lightning.model import ContrastiveModule, FullyShardedStrategy
 from b3_lightning.reports.compare import keep_old_metrics
 from b3_lightning.reports.outcome import print_outcome
 from b3_lightning.reports.wandb_mode import WandbMode, has_wandb_key, is_offline
+from b3_lightning.terminal import quieten, show_log
 from b3_lightning.trainer import B3Trainer, wait_patiently
 from b3_lightning.verbs import VERBS, run_verb
 
@@ -106,6 +103,14 @@ class B3CLI(LightningCLI):
         parser.add_lightning_class_args(Remine, "remine")
         parser.add_lightning_class_args(HardnessMonitor, "hardness")
         parser.add_lightning_class_args(MiningReport, "report")
+
+    def before_instantiate_classes(self) -> None:
+        unused = self.subcommand in ("mine", "plan") and self._get(self.config, "data").teacher != "student"
+        if self._get(self.config, "model").embedder is None and not unused:
+            raise ValueError(
+                f"{self.subcommand} needs model.embedder: --model.embedder=PATH_OR_NAME, or a small one's sizes, such "
+                "as {hidden_sizes: [32, 64]}. Only mine and plan do without, where data.teacher is not the student"
+            )
 
     @property
     def run(self) -> RunSettings:
@@ -247,29 +252,11 @@ class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the line breaks of the epilog."""
 
 
-class _ToStderr(logging.Handler):
-    """Looks ``sys.stderr`` up for each line, since a live progress bar replaces it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(self.format(record) + "\n")
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Only warnings from other processes than the first, as Lightning counts them under any launcher."""
-        return record.levelno >= logging.WARNING or rank_zero_only.rank == 0  # type: ignore[attr-defined]
-
-
-def _show_log() -> None:
-    """Show what the package logs: once, not from every process."""
-    log = logging.getLogger("b3_lightning")
-    log.setLevel(logging.INFO)
-    if not log.handlers:
-        log.addHandler(_ToStderr())
-
-
 def main(args: list[str] | None = None) -> None:
     """Run one command; ``args`` default to those of the process."""
     given = list(sys.argv[1:] if args is None else args)
-    _show_log()
+    show_log()
+    quieten()
     try:
         check_command(given, [*B3CLI.subcommands(), *VERBS])
         if given[0] in VERBS:
@@ -284,7 +271,6 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _run_lightning(args: list[str] | None) -> None:
-    _quieten()
     FullyShardedStrategy.register()
     mode = {"parser_mode": "omegaconf+"}
     # DDP starts its other processes with sys.argv, so that must stay as it is on a real command line
@@ -316,18 +302,3 @@ def _run_lightning(args: list[str] | None) -> None:
         )
     finally:
         sys.argv = argv
-
-
-def _quieten() -> None:
-    """Silence advice about choices that this program makes on purpose."""
-    for message in (
-        ".*does not have many workers",
-        ".*is smaller than the logging interval",
-        ".*exists and is not empty",
-        ".*callbacks used to create the checkpoint need to be provided",
-        ".*could not find the monitored key",
-        ".*Total length of `list` across ranks is zero",  # no validation pairs
-        ".*isinstance.treespec, LeafSpec.",
-    ):
-        warnings.filterwarnings("ignore", message=message)
-    warnings.filterwarnings("ignore", category=JsonargparseDeprecationWarning)

@@ -70,7 +70,7 @@ class Peaks:
 
 def measure(path: str, cluster_size: int, neighbors: str) -> None:
     """Mine the file's vectors; prints JSON."""
-    from b3_lightning.data.teacher import load_vectors
+    from b3_lightning.data.vectors import load_vectors
     from b3_lightning.mining import MiningSettings, mine
 
     peaks, start = Peaks(), time.perf_counter()

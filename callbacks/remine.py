@@ -96,6 +96,8 @@ class Remine(Callback):
         self.check(data, trainer)
         if data.batches != "b3":
             return
+        if self.enabled:
+            data.check_mining()
         for first_rank in self.first_rank.values():
             replace(data.mining, first_rank=first_rank).check_fits(len(data.pairs("train")))
         # asked when an epoch's loader is built: on_train_epoch_start is too late, and on_train_epoch_end is not called

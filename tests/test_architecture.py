@@ -34,6 +34,7 @@ LAYERS = (
     "trainer",
     "verbs",
     "mistakes",
+    "terminal",
     "cli",
     "__main__",
 )

@@ -175,7 +175,7 @@ def test_help_names_every_command(tmp_path: Path) -> None:
         (["--data.batch_size=128"], "96 rows, fewer than batch_size=128"),
         (["--data.train_pairs=absent.parquet"], "no pairs file absent.parquet"),
         (["--data.image_root=."], "96 of 96 images under"),
-        (["--data.teacher=absent.npy"], "data.teacher=absent.npy names a file of vectors that does not exist"),
+        (["--data.teacher=absent.npy"], "no file of vectors absent.npy"),
         (["--data.plan=absent"], "absent holds no mined plan"),
     ],
 )
@@ -240,14 +240,13 @@ def test_validate_from_a_checkpoint_repeats_what_fit_logged(fit: Run, caplog: py
     run = fit("image-text", SMALL, "--data.batches=random")
     with (run / "metrics.csv").open() as file:
         last = [row for row in csv.DictReader(file) if row["val/mrr"]][-1]
-    main(
-        [
-            "validate",
-            f"--config={run / 'config.yaml'}",
-            f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}",
-        ]
-    )
+    # neither training pairs nor a teacher are read: the vocabulary is in the checkpoint
+    nothing = ["--data.train_pairs=null", "--data.batches=b3", "--data.teacher=absent", "--data.plan=absent"]
+    command = ["validate", f"--config={run / 'config.yaml'}", *nothing]
+    main([*command, f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"])
     assert f"weights: those of the checkpoint {run}/checkpoints/last.ckpt" in caplog.text
     with (run / "validate" / "metrics.csv").open() as file:
         again = next(csv.DictReader(file))
     assert float(again["val/mrr"]) == pytest.approx(float(last["val/mrr"]), abs=1e-6)
+    with pytest.raises(SystemExit, match="a small embedder learns its vocabulary from the training pairs"):
+        main(command)

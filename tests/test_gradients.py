@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from b3_lightning.data.collate import prepare
+from b3_lightning.data.datamodule import PairsDataModule
 from b3_lightning.data.pairs import Item
+from b3_lightning.model import ContrastiveModule
 from b3_lightning.model.contrast import contrast_batch
 from b3_lightning.model.distributed import average_gradients
 from b3_lightning.model.embedder import LoadSettings, LoraSettings, load_embedder
@@ -216,3 +219,27 @@ def test_batch_normalisation_cannot_be_cut() -> None:
 def test_chunks_are_of_items_or_of_tokens(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="items="):
         ChunkSettings(**wrong)
+
+
+@pytest.mark.parametrize("chunks", [None, ChunkSettings(items=2)])
+def test_only_the_chunk_at_hand_is_on_the_device(chunks: ChunkSettings | None) -> None:
+    class Model(nn.Module):
+        def forward(self, features: dict[str, Any]) -> dict[str, Tensor]:
+            return {"sentence_embedding": features["words"]}
+
+    module, device = ContrastiveModule("any", chunks=chunks).to("meta"), torch.device("meta")
+    module.model = Model()
+    batch = {
+        "query": [(torch.arange(2), {"words": torch.ones(2, 3)})],
+        "negative": [],
+        "row_B": torch.arange(2),
+    }
+    data = PairsDataModule()
+    data.trainer = cast(Any, SimpleNamespace(lightning_module=module))
+    moved = data.transfer_batch_to_device(batch, device, 0)
+    (position_P, features), *_ = moved["query"]
+    assert moved["row_B"].is_meta
+    assert position_P.is_meta
+    assert moved["negative"] == []
+    assert features["words"].is_meta == (chunks is None)
+    assert module.encode(features).is_meta

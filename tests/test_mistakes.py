@@ -93,13 +93,14 @@ data:
         (["--data.teacher=short.npy"], "short.npy holds vectors of 37 rows, the pairs have 40"),
         (["--data.teacher=flat.npy"], "has shape .40, 8.; .2, rows, dimensions. is needed"),
         (["--data.teacher=nan.npy"], "query vectors hold NaN, infinity or only zeros in row.s. 5; embed these again"),
-        (["--data.teacher=absent.npy"], "absent.npy names a file of vectors that does not exist"),
+        (["--data.teacher=absent.npy"], "no file of vectors absent.npy .looked from"),
         (["--data.plan=absent"], "absent holds no mined plan .no plan.json.; make one with the 'mine' command"),
         (["--model.embedder=nobody/absent"], "no model 'nobody/absent': no folder here .* Check name and network"),
         (["--ckpt_path=absent.ckpt"], "no checkpoint ckpt_path=absent.ckpt .looked from"),
         (["--ckpt_path=bad.ckpt"], "bad.ckpt is truncated or no checkpoint .*; resume from another one"),
         (["--data.mining.cluster_size=abc"], "data.mining.cluster_size.*\n.*Got value: abc"),
         (["--data.mining.min_recall=0.9"], "min_recall=0.9 is without effect .* or leave min_recall at 0.95"),
+        (["--model.embedder=null"], "fit needs model.embedder: --model.embedder=PATH_OR_NAME"),
         (["--data.bach_size=8"], "no setting data.bach_size; did you mean data.batch_size"),
         (["--data.mining.per-task.OK-VQA.first_rank=0"], "per_task names unknown tasks .'OK-VQA'."),
     ],
@@ -124,6 +125,8 @@ def test_unknown_commands_and_missing_arguments(told: Command, capsys: pytest.Ca
     assert _holds(told("trian"), "no command 'trian'.*fit, ")
     assert _holds(told("comapre"), "no command 'comapre'; did you mean compare?")
     assert _holds(told("mine"), "required: mine.output")
+    alone = ("--model.embedder=null", "--data.teacher=student", "--output=plan")
+    assert _holds(told("mine", *alone), "mine needs model.embedder: .* where data.teacher is not the student")
     assert _holds(told("validate"), "data.val_pairs is not set; give a pairs file")
     with pytest.raises(SystemExit, match=r"name a command: the commands are fit, .*audit"):
         main([])
@@ -175,7 +178,7 @@ def test_going_on_in_the_wrong_folder_or_with_other_batches(told: Command) -> No
 def test_evaluation_says_whose_weights_it_uses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     last, export, base = tmp_path / "checkpoints/last.ckpt", tmp_path / "export", tmp_path / "base"
     for folder, card in (
-        (export, Export()._card(L.Trainer(accelerator="cpu", logger=False), None)),
+        (export, Export()._card(L.Trainer(accelerator="cpu", logger=False), None, "")),
         (base, "# A model"),
     ):
         folder.mkdir()

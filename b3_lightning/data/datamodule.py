@@ -12,16 +12,17 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
+from b3_lightning.data.checks import check_mining, check_plan, check_workers, refuse_other
 from b3_lightning.data.collate import PairCollator, PairDataset
 from b3_lightning.data.images import ImageCheck
-from b3_lightning.data.miner import MiningRequest, NewPlan, PairMiner
+from b3_lightning.data.miner import MiningRequest, NewPlan, PairMiner, processes_of
 from b3_lightning.data.mixture import Sources, choose, mining_of, place
-from b3_lightning.data.pairs import Modality, PairTable, count_negatives
-from b3_lightning.data.sampler import EpochBatches, EpochLoader, count_steps
+from b3_lightning.data.pairs import Modality, PairTable, TeacherPrompts, count_negatives, load_pairs
+from b3_lightning.data.sampler import EpochBatches, EpochLoader, count_steps, random_batches
 from b3_lightning.data.splits import Split
-from b3_lightning.data.teacher import VECTOR_SUFFIXES, check_vectors
-from b3_lightning.mining import BatchPlan, MinedPlan, MiningSettings, Processes, random_clusters
-from b3_lightning.mining.batches import check_batch_size
+from b3_lightning.data.teacher import check_prompts
+from b3_lightning.data.vectors import VECTOR_SUFFIXES, check_vectors
+from b3_lightning.mining import BatchPlan, MinedPlan, MiningSettings, Processes
 from b3_lightning.mining.store import sha256
 from b3_lightning.mining.whatif import Questions, TaskAnswer
 
@@ -44,6 +45,7 @@ class PairsDataModule(L.LightningDataModule):
         eval_batch_size: rows a process embeds at once without gradients.
         teacher: whose vectors rank negatives: folder or name of a SentenceTransformer, a file of vectors, or
             ``student``: the model in training, whose first epochs then run on random batches.
+        teacher_prompts: what a teacher that is a model reads before the texts; the sources' prompts where absent.
         plan: folder of a plan mined before; nothing is mined at the start then.
         mining: rank window, cluster size, algorithms.
         mined_frac: epoch -> the share of clusters that is kept from then on, the others' rows being dealt at random,
@@ -53,6 +55,8 @@ class PairsDataModule(L.LightningDataModule):
         cache: folder of the teacher's finished vectors and neighbours; runs that share it share these, and a killed run
             goes on from there. ``cache`` in the run's folder where absent.
         num_workers: processes that read and prepare batches.
+        prefetch_factor: batches that each of them holds ready; torch's 2 where absent.
+        pin_memory: hold batches in memory that a GPU copies from while it computes; where there is one, unless set.
         image_check: ``decode`` every image before training, or read only each ``header``.
         seed: of the draw of batches.
     """
@@ -70,12 +74,15 @@ class PairsDataModule(L.LightningDataModule):
         batch_size: int = 64,
         eval_batch_size: int = 256,
         teacher: str = "student",
+        teacher_prompts: TeacherPrompts = TeacherPrompts(),  # noqa: B008 - frozen
         plan: str | None = None,
         mining: MiningSettings = MiningSettings(),  # noqa: B008 - frozen
         mined_frac: dict[int, float] | None = None,
         n_file_negatives: int = 0,
         cache: str | None = None,
         num_workers: int = 0,
+        prefetch_factor: int | None = None,
+        pin_memory: bool | None = None,
         image_check: ImageCheck = "decode",
         seed: int = 0,
     ) -> None:
@@ -88,19 +95,21 @@ class PairsDataModule(L.LightningDataModule):
         mixture = self.sources["train"] or []
         if mixture:
             self.sources["train"] = choose(mixture, tasks)
-        self.image_root = Path(image_root)
+        check_prompts(teacher, teacher_prompts)
+        self.image_root, self.teacher_prompts = Path(image_root), teacher_prompts
         self.batches, self.batch_size, self.eval_batch_size = batches, batch_size, eval_batch_size
         self.teacher, self.plan_folder, self.mining = teacher, plan, mining_of(mining, mixture, tasks)
         self.mined_frac, self.n_file_negatives, self.cache = mined_frac or {}, n_file_negatives, cache
-        self.num_workers, self.image_check, self.seed = num_workers, image_check, seed
+        check_workers(num_workers, prefetch_factor)
+        self.num_workers, self.prefetch_factor, self.pin_memory = num_workers, prefetch_factor, pin_memory
+        self.image_check, self.seed = image_check, seed
         self.mined: MinedPlan | None = None
         self.before_epoch: list[Callable[[int], None]] = []
         self.after_mining: list[Callable[[MinedPlan | None, MinedPlan, int, float], None]] = []
         self._batch_plan: BatchPlan | None = None
         self._splits: dict[str, Split] = {}
-        self._checked = False
+        self._checked, self._decided_epoch = False, -1
         self._in_use: dict[str, Any] = {}
-        self._decided_epoch = -1
         self._resume_from: dict[str, Any] | None = None
 
     # ---- pairs
@@ -124,18 +133,19 @@ class PairsDataModule(L.LightningDataModule):
             self._checked = True  # ``fit`` sets up twice, and a plan's checksums take time
 
     def _check_training(self) -> None:
-        pairs = self.pairs("train")
-        if self.batches == "b3":
-            check_batch_size(self.batch_size, self.mining.cluster_size)
-            self.mining.check_used()
-            self.mining.check_fits(len(pairs))
-            self.mining.check_tasks(tuple(pairs.task_weights))
+        pairs, is_mined = self.pairs("train"), self.batches == "b3"
+        if is_mined and self.plan_folder is None:
+            self.check_mining()
         BatchPlan(**self._random_plan(), mined_frac=self.mined_frac)
         count_negatives(pairs, self.n_file_negatives)
         if self.plan_folder is not None:
-            MinedPlan.load(self.plan_folder).check_rows(len(pairs), self.fingerprint("train"))
-        elif self.batches == "b3" and self.teacher.endswith(VECTOR_SUFFIXES):
+            check_plan(self.plan_folder, pairs, self.fingerprint("train"), self.batch_size if is_mined else None)
+        elif is_mined and self.teacher.endswith(VECTOR_SUFFIXES):
             check_vectors(self.teacher, len(pairs))
+
+    def check_mining(self) -> None:
+        """Refuse settings with which the training pairs cannot be mined; a plan that is given needs none."""
+        check_mining(self.mining, self.pairs("train"), self.batch_size)
 
     def pairs(self, split: str) -> PairTable:
         """The rows of a loaded split."""
@@ -147,28 +157,24 @@ class PairsDataModule(L.LightningDataModule):
 
     @property
     def n_tasks(self) -> int:
-        """How many tasks the training pairs hold."""
-        return len(self.pairs("train").task_weights) if "train" in self._splits else 1
+        """How many tasks the training pairs hold; 1 where there are none."""
+        return len({source.name for source in self.sources["train"] or []}) or 1
 
     def modalities(self) -> set[Modality]:
         """What the loaded pairs hold: text, images, both in one item."""
         return set().union(*(split.modalities(self.n_file_negatives) for split in self._splits.values()))
 
-    def train_texts(self) -> Iterator[str]:
-        """Every text of the training pairs, for learning a vocabulary."""
-        if "train" not in self._splits:
-            raise ValueError(
-                "a small embedder learns its vocabulary from the training pairs: set data.train_pairs too, "
-                "or name the run's export as model.embedder"
-            )
-        return self._splits["train"].texts()
+    def train_texts(self) -> Iterator[str] | None:
+        """Every text of the training pairs, for learning a vocabulary; None where there are no such pairs."""
+        if "train" in self._splits:
+            return self.pairs("train").texts()
+        sources = self.sources["train"]
+        return None if sources is None else load_pairs(sources).texts()
 
     def setup(self, stage: str) -> None:
         wanted = {"fit": ["train"], "validate": ["val"], "test": ["test"], "predict": ["test"]}[stage]
         if stage == "fit" and self.sources["val"] is not None:
             wanted.append("val")
-        if self.sources["train"] is not None and "train" not in wanted:
-            wanted.append("train")
         self.load(*wanted)
         if stage == "fit":
             self.mined, self._batch_plan, self._in_use, self._decided_epoch = None, None, {}, -1
@@ -180,17 +186,7 @@ class PairsDataModule(L.LightningDataModule):
     # ---- batches
 
     def _random_plan(self) -> dict[str, Any]:
-        pairs = self.pairs("train")
-        names = tuple(pairs.task_weights)
-        code = {name: task for task, name in enumerate(names)}
-        return {
-            "clusters": random_clusters(len(pairs)),
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "task_N": torch.tensor([code[task] for task in pairs.tasks]),
-            "task_names": names,
-            "task_weights": pairs.task_weights,
-        }
+        return random_batches(self.pairs("train"), self.batch_size, self.seed)
 
     def total_steps(self) -> int:
         """Optimiser steps of the whole run, without touching a loader."""
@@ -217,10 +213,13 @@ class PairsDataModule(L.LightningDataModule):
         return self._share_loader("test")
 
     def predict_dataloader(self) -> DataLoader[int]:
-        return DataLoader(**self._loading("test"), batch_size=self.eval_batch_size)
+        return self._share_loader("test")
 
     def _share_loader(self, split: str) -> DataLoader[int]:
-        """This process's share of the rows; the metrics put the shares together."""
+        """This process's share of the rows, or all where there are fewer than processes: none may have nothing to do.
+
+        The metrics put the shares together, and so does the writer of embeddings; both count a row once.
+        """
         trainer, n_rows = self._trainer(), len(self.pairs(split))
         every = trainer.world_size if n_rows >= trainer.world_size else 1
         share = range(trainer.global_rank % every, n_rows, every)
@@ -228,14 +227,26 @@ class PairsDataModule(L.LightningDataModule):
 
     def _loading(self, split: str, **collating: Any) -> dict[str, Any]:
         rows = self._splits[split]
-        preprocess: Any = self._trainer().lightning_module.preprocess
+        trainer = self._trainer()
+        preprocess: Any = trainer.lightning_module.preprocess
+        has_gpu = trainer.strategy.root_device.type == "cuda"
         return {
             "dataset": PairDataset(len(rows.pairs)),
             "collate_fn": PairCollator(rows, self.image_root, preprocess, **collating),
             "num_workers": self.num_workers,
+            "prefetch_factor": self.prefetch_factor,
+            "pin_memory": has_gpu if self.pin_memory is None else self.pin_memory,
             # a generator of its own: to begin an epoch must not draw from the one that dropout draws from
             "generator": torch.Generator().manual_seed(self.seed),
         }
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        module: Any = self._trainer().lightning_module
+        stay = set() if module.chunks is None else {name for name, value in batch.items() if isinstance(value, list)}
+        moved = {name: value for name, value in batch.items() if name not in stay}
+        moved = super().transfer_batch_to_device(moved, device, dataloader_idx)
+        # the module moves features itself, a chunk at a time
+        return moved | {name: [(at_P.to(device), tensors) for at_P, tensors in batch[name]] for name in stay}
 
     def _trainer(self) -> L.Trainer:
         assert self.trainer is not None
@@ -248,10 +259,8 @@ class PairsDataModule(L.LightningDataModule):
         if self._batch_plan is None:
             self._restore_plan()
         if self._batch_plan is None and self.batches == "b3" and self.plan_folder is not None:
-            sha = sha256(Path(self.plan_folder) / "plan.json")
-            self._use(
-                MinedPlan.load(self.plan_folder), epoch, folder=str(Path(self.plan_folder).resolve()), plan_sha256=sha
-            )
+            folder = Path(self.plan_folder).resolve()
+            self._use(MinedPlan.load(folder), epoch, folder=str(folder), plan_sha256=sha256(folder / "plan.json"))
         if self._batch_plan is None and self.batches == "b3" and self.teacher != "student":
             with self.ending_at_once():
                 plan = self.new_plan(epoch, MiningRequest("teacher"))
@@ -295,8 +304,8 @@ class PairsDataModule(L.LightningDataModule):
         return self._miner().ending_at_once()
 
     def processes(self) -> Processes:
-        """Those that share the mining."""
-        return self._miner().processes
+        """Those that share the mining, and what ``predict`` embeds."""
+        return processes_of(self._trainer())
 
     def _miner(self) -> PairMiner:
         trainer = self._trainer()
@@ -305,6 +314,7 @@ class PairsDataModule(L.LightningDataModule):
             train=self._splits["train"],
             trainer=trainer,
             teacher=self.teacher,
+            teacher_prompts=self.teacher_prompts,
             mining=self.mining,
             image_root=self.image_root,
             cache=Path(self.cache) if self.cache is not None else run / "cache",
@@ -353,29 +363,16 @@ class PairsDataModule(L.LightningDataModule):
         self._resume_from = state_dict
 
     def refuse_other_batches(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to train on from a checkpoint whose batches were drawn from anything else.
-
-        Raises:
-            ValueError: naming what differs.
-        """
-        here, there = self._about(), checkpoint.get(type(self).__qualname__, {}).get("about", {})
-        differing = [
-            f"{name} ({there.get(name)} then, {value} now)" for name, value in here.items() if value != there.get(name)
-        ]
-        if differing:
-            raise ValueError(
-                f"the checkpoint is of a run with other batches; it differs in {', '.join(differing)}. "
-                "Give it what it was made with, or start a new run"
-            )
+        """Refuse to train on from a checkpoint whose batches were drawn from anything else; ValueError names it."""
+        refuse_other(self._about(), checkpoint.get(type(self).__qualname__, {}).get("about", {}))
 
     def _restore_plan(self) -> None:
         state, self._resume_from = self._resume_from, None
         if state is None:
             return
-        self._decided_epoch = state["decided_epoch"]
-        if not state["plan"]:
+        self._decided_epoch, self._in_use = state["decided_epoch"], state["plan"]
+        if not self._in_use:
             return
-        self._in_use = state["plan"]
         folder = Path(self._trainer().default_root_dir) / "plans" / self._in_use["folder"]  # a folder given is absolute
         if not (folder / "plan.json").is_file():
             raise ValueError(

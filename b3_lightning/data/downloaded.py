@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from b3_lightning.data.images import resolve
 from b3_lightning.data.mmeb import N_EVAL_QUERIES, MmebTask
-from b3_lightning.data.pairs import find_shards, shards_of
+from b3_lightning.data.tables import find_shards, shards_of
 
 REPOS = {"train": "TIGER-Lab/MMEB-train", "eval": "TIGER-Lab/MMEB-eval"}
 COLUMNS = {

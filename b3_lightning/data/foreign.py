@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from b3_lightning.data.pairs import TEXT_AND_IMAGE, Item, PairSource, read_negatives, read_strings, read_table
+from b3_lightning.data.pairs import TEXT_AND_IMAGE, Item, PairSource, read_negatives, read_strings
+from b3_lightning.data.tables import read_table
 from b3_lightning.mining.groups import permutation
 from b3_lightning.types import name_rows
 
@@ -65,7 +66,7 @@ def read_foreign(path: str, columns: Mapping[str, str]) -> ForeignPairs:
     Raises:
         FileNotFoundError, ValueError: where the file or a column is missing, or holds what is no text.
     """
-    table = read_table(PairSource(path))
+    table = read_table(path)
     if table.num_rows == 0:
         raise ValueError(f"{path} holds no rows")
     names = _names(path, table.column_names, columns)

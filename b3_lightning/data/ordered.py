@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from b3_lightning.data.pairs import PairSource, read_table
+from b3_lightning.data.tables import read_table
 from b3_lightning.mining import BatchPlan, MinedPlan
 from b3_lightning.mining.store import write_atomic
 
@@ -33,7 +33,7 @@ class Written:
 
 def read_sources(paths: Sequence[str]) -> pa.Table:
     """All columns of the pairs files, end to end; a column that one lacks is null there."""
-    return pa.concat_tables([read_table(PairSource(path)) for path in paths], promote_options="default")
+    return pa.concat_tables([read_table(path) for path in paths], promote_options="default")
 
 
 def write_ordered(

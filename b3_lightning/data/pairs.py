@@ -14,19 +14,16 @@ from __future__ import annotations
 
 import itertools
 import logging
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet as pq
 
 from b3_lightning.data.mmeb import IMAGE_TOKEN, without_image_token
+from b3_lightning.data.tables import read_table
 from b3_lightning.types import name_rows
 
 log = logging.getLogger(__name__)
@@ -34,7 +31,6 @@ log = logging.getLogger(__name__)
 TEXT_AND_IMAGE = {"query": ("qry", "qry_image_path"), "target": ("pos_text", "pos_image_path")}
 COLUMNS = (*(column for pair in TEXT_AND_IMAGE.values() for column in pair), "group")
 NEGATIVE_COLUMNS = ("neg_text", "neg_image_path")
-_SHARD = re.compile(r"(?P<split>.+?)-\d+-of-(?P<count>\d+)(-[0-9a-f]+)?\.parquet")
 
 
 @dataclass(frozen=True)
@@ -68,6 +64,19 @@ class PairSource:
         return self.task or Path(self.path).stem
 
 
+@dataclass(frozen=True)
+class TeacherPrompts:
+    """What a teacher reads before the texts, instead of the sources' prompts.
+
+    Args:
+        query: before every query's text, such as ``query: ``; the prompts of the sources where absent.
+        target: the same for targets, such as ``passage: ``.
+    """
+
+    query: str | None = None
+    target: str | None = None
+
+
 class Item(NamedTuple):
     """One side of a pair; the empty string stands for what is absent. ``image`` is relative to the image root."""
 
@@ -87,7 +96,13 @@ def modality_of(item: Item) -> Modality:
 
 
 class PairTable:
-    """All pairs of a run, row ids being positions in the order of the sources; ``negatives`` are those of the files."""
+    """All pairs of a run, row ids being positions in the order of the sources.
+
+    Args:
+        columns: texts begin with their prompts.
+        negatives: those of the files.
+        prompts: every row's, by side.
+    """
 
     def __init__(
         self,
@@ -95,8 +110,10 @@ class PairTable:
         tasks: list[str],
         task_weights: dict[str, float],
         negatives: list[list[Item]],
+        prompts: dict[str, list[str]],
     ) -> None:
         self.columns, self.tasks, self.task_weights, self.negatives = columns, tasks, task_weights, negatives
+        self.prompts = prompts
         self._items: dict[str, list[Item]] = {}
 
     def __len__(self) -> int:
@@ -109,11 +126,27 @@ class PairTable:
             self._items[side] = [Item(*both) for both in zip(self.columns[text], self.columns[image], strict=True)]
         return self._items[side]
 
+    def with_prompts(self, given: TeacherPrompts) -> PairTable:
+        """The same rows with other prompts before the texts of queries and targets."""
+        columns, prompts = dict(self.columns), dict(self.prompts)
+        for side, prompt in (("query", given.query), ("target", given.target)):
+            if prompt is not None:
+                column, _ = TEXT_AND_IMAGE[side]
+                rows = zip(self.columns[column], self.prompts[side], strict=True)
+                columns[column] = [prompt + text.removeprefix(own) for text, own in rows]
+                prompts[side] = [prompt] * len(self)
+        return PairTable(columns, self.tasks, self.task_weights, self.negatives, prompts)
+
     @property
     def groups(self) -> list[str | None] | None:
         """Every row's group, None for a row without; None where no row has one."""
         groups = [group or None for group in self.columns["group"]]
         return groups if any(groups) else None
+
+    def texts(self) -> Iterator[str]:
+        """Every text of both sides, for learning a vocabulary."""
+        for text, _ in TEXT_AND_IMAGE.values():
+            yield from (value for value in self.columns[text] if value)
 
     def image_paths(self) -> dict[str, list[int]]:
         """Every distinct image and the rows that use it."""
@@ -142,19 +175,22 @@ def load_pairs(sources: str | PairSource | Sequence[str | PairSource]) -> PairTa
     columns: dict[str, list[str]] = {name: [] for name in COLUMNS}
     tasks: list[str] = []
     negatives: list[list[Item]] = []
+    prompts: dict[str, list[str]] = {side: [] for side in TEXT_AND_IMAGE}
     weights: dict[str, float] = {}
     for entry in listed:
         source = PairSource(entry) if isinstance(entry, str) else entry
         task = source.name
         if weights.setdefault(task, source.weight) != source.weight:
             raise ValueError(f"task {task!r} is given the weights {weights[task]} and {source.weight}; give it one")
-        table = _without_image_tokens(read_table(source), source)
+        table = _without_image_tokens(read_table(source.path, source.split), source)
         read = _read_columns(table, source)
         negatives += read_negatives(table, source)
         for name in COLUMNS:
             columns[name] += read[name]
         tasks += [task] * len(read["qry"])
-    return PairTable(columns, tasks, weights, negatives)
+        prompts["query"] += [source.query_prompt] * len(read["qry"])
+        prompts["target"] += [source.target_prompt] * len(read["qry"])
+    return PairTable(columns, tasks, weights, negatives, prompts)
 
 
 def _without_image_tokens(table: pa.Table, source: PairSource) -> pa.Table:
@@ -251,81 +287,6 @@ def _check_side(
     empty = [row for row in range(len(read[text])) if not read[text][row].strip() and not read[image][row].strip()]
     if empty:
         raise ValueError(f"{source.path}: the {side} is null or empty in {name_rows(empty)}; mend or remove them")
-
-
-def read_table(source: PairSource) -> pa.Table:
-    """All columns of a file, dataset folder or hub name, as they stand there."""
-    path = Path(source.path)
-    if path.is_file():
-        readers: dict[str, Any] = {
-            ".parquet": pq.read_table,
-            ".jsonl": pyarrow.json.read_json,
-            ".csv": _read_csv,
-        }
-        if path.suffix not in readers:
-            raise ValueError(f"{path} ends in {path.suffix!r}; readable are {', '.join(readers)} and dataset folders")
-        if path.stat().st_size == 0:
-            raise ValueError(f"{path} is empty")
-        return readers[path.suffix](path)
-    if path.is_dir():
-        if not find_shards(path):
-            return _read_dataset_folder(path, source.split)
-        return pa.concat_tables(pq.read_table(shard) for shard in shards_of(path, source.split))
-    if path.suffix or source.path.count("/") != 1 or source.path.startswith((".", "/", "~")):
-        raise FileNotFoundError(
-            f"no pairs file {source.path} (looked from {Path.cwd()}; data.pairs_root names another folder)"
-        )
-    import datasets
-
-    return datasets.load_dataset(source.path, split=source.split).with_format("arrow")[:]
-
-
-def _read_csv(path: Path) -> pa.Table:
-    with path.open(encoding="utf-8") as file:
-        names = next(iter(file)).strip()
-    columns = {name.strip('"'): pa.string() for name in names.split(",")}
-    return pyarrow.csv.read_csv(
-        path,
-        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(column_types=columns),
-    )
-
-
-def find_shards(folder: Path) -> dict[str, list[Path]]:
-    """Every split's parquet files in a folder as the hub lays it out: ``SPLIT-00000-of-00002.parquet`` and so on."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted(folder.glob("*.parquet")):
-        shard = _SHARD.fullmatch(path.name)
-        if shard is not None:
-            found.setdefault(shard["split"], []).append(path)
-    return found
-
-
-def shards_of(folder: Path, split: str) -> list[Path]:
-    """The parquet files of one split.
-
-    Raises:
-        ValueError: where there is no such split, or some of its files are missing.
-    """
-    shards = find_shards(folder)
-    if split not in shards:
-        raise ValueError(f"{folder} has no split {split!r}; it has {sorted(shards)}")
-    shard = _SHARD.fullmatch(shards[split][0].name)
-    assert shard is not None
-    if len(shards[split]) != int(shard["count"]):
-        raise ValueError(f"{folder} holds {len(shards[split])} of the {int(shard['count'])} files of split {split!r}")
-    return shards[split]
-
-
-def _read_dataset_folder(path: Path, split: str) -> pa.Table:
-    import datasets
-
-    loaded = datasets.load_from_disk(str(path))
-    if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            raise ValueError(f"{path} has no split {split!r}; it has {list(loaded)}")
-        loaded = loaded[split]
-    return loaded.with_format("arrow")[:]
 
 
 def count_negatives(pairs: PairTable, wanted: int) -> None:

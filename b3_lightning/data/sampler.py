@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from b3_lightning.mining import BatchPlan
+from b3_lightning.data.pairs import PairTable
+from b3_lightning.mining import BatchPlan, random_clusters
 
 
 class EpochBatches:
@@ -56,6 +58,20 @@ class EpochLoader(DataLoader[int]):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self._batches.first_batch = state_dict["n_trained"]
+
+
+def random_batches(pairs: PairTable, batch_size: int, seed: int) -> dict[str, Any]:
+    """Arguments of a ``BatchPlan`` whose clusters are single rows; a mined one differs in its clusters alone."""
+    names = tuple(pairs.task_weights)
+    code = {name: task for task, name in enumerate(names)}
+    return {
+        "clusters": random_clusters(len(pairs)),
+        "batch_size": batch_size,
+        "seed": seed,
+        "task_N": torch.tensor([code[task] for task in pairs.tasks]),
+        "task_names": names,
+        "task_weights": pairs.task_weights,
+    }
 
 
 def count_steps(plan: BatchPlan, trainer: Any) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from b3_lightning.data.images import ImageCheck, check_images
-from b3_lightning.data.pairs import TEXT_AND_IMAGE, Item, Modality, PairSource, PairTable, load_pairs, modality_of
+from b3_lightning.data.pairs import (
+    TEXT_AND_IMAGE,
+    Item,
+    Modality,
+    PairSource,
+    PairTable,
+    TeacherPrompts,
+    load_pairs,
+    modality_of,
+)
 from b3_lightning.mining import fingerprint
 
 Content = tuple[str, str]
@@ -49,15 +58,19 @@ class Split:
         negative_keys = [[_code(content, codes["target"]) for content in listed] for listed in negatives]
         return cls(pairs, keys, contents, negatives, negative_keys)
 
+    def with_prompts(self, given: TeacherPrompts) -> Split:
+        """The same rows as another model reads them; what is the same as what is still told by the rows' own texts."""
+        pairs = self.pairs.with_prompts(given)
+        contents = {
+            side: [(item.text, digest) for item, (_, digest) in zip(pairs.items(side), own, strict=True)]
+            for side, own in self.contents.items()
+        }
+        return replace(self, pairs=pairs, contents=contents)
+
     def modalities(self, n_file_negatives: int = 0) -> set[Modality]:
         """What the pairs hold: text, images, both in one item; the first few negatives of every row included."""
         found = {modality_of(item) for side in TEXT_AND_IMAGE for item in self.pairs.items(side)}
         return found | {modality_of(item) for items in self.pairs.negatives for item in items[:n_file_negatives]}
-
-    def texts(self) -> Iterator[str]:
-        """Every text, for learning a vocabulary."""
-        for side in TEXT_AND_IMAGE:
-            yield from (item.text for item in self.pairs.items(side) if item.text)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -53,15 +53,19 @@ class EvalModel:
         if path.startswith((".", "/", "~")) and not Path(path).is_dir():
             raise FileNotFoundError(f"--model {path} is no folder (looked from {Path.cwd()})")
         embedder: Any = load_embedder(path, load, None)
-        if embedder.default_prompt_name is not None:
-            log.warning(
-                "%s puts its prompt %r before texts by default; here only --query_prompt and --target_prompt are used",
-                path,
-                embedder.prompts[embedder.default_prompt_name],
-            )
         if fuse and not embedder.supports(_BOTH):
             embedder = FusedEmbedder(embedder)
         return cls(path, embedder, teacher_embed(embedder, device), encoder_fingerprint(embedder))
+
+    def tell_unused_prompts(self) -> None:
+        """Warn of prompts that the model holds, since sets are encoded with those asked for alone."""
+        own = {name: prompt for name, prompt in self.embedder.prompts.items() if prompt}
+        if own:
+            log.warning(
+                "%s holds the prompts %s; here only --query_prompt and --target_prompt are put before texts",
+                self.name,
+                own,
+            )
 
     def takes(self, eval_set: EvalSet) -> None:
         """Refuse a set with items that the model cannot take."""

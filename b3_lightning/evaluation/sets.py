@@ -7,17 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet as pq
-
+from b3_lightning.data import tables
 from b3_lightning.data.images import ImageCheck, check_images
 from b3_lightning.data.pairs import Item, Modality, modality_of
 from b3_lightning.evaluation.scoring import Scoring
 from b3_lightning.mining import fingerprint
-
-READERS = {".parquet": pq.read_table, ".jsonl": pyarrow.json.read_json, ".csv": pyarrow.csv.read_csv}
 
 
 @dataclass(frozen=True)
@@ -108,7 +102,7 @@ def rows_fingerprint(**content: Any) -> str:
 def find_files(data: Path, name: str) -> list[Path]:
     """The files of a set: ``NAME/test*.parquet``, ``NAME/data/test*.parquet`` or ``NAME.parquet``, or .jsonl, .csv."""
     for pattern in (f"{name}/test*", f"{name}/data/test*", f"{name}.*"):
-        found = sorted(path for path in data.glob(pattern) if path.suffix in READERS)
+        found = sorted(path for path in data.glob(pattern) if path.suffix in tables.SUFFIXES)
         if found:
             return found
     return []
@@ -130,7 +124,7 @@ def read_files(data: Path, name: str, columns: Sequence[str]) -> tuple[dict[str,
 
     Raises:
         FileNotFoundError: where the set is not there.
-        ValueError: where a column is missing, or there are no rows.
+        ValueError: where a file cannot be read or lacks a column, or there are no rows.
     """
     paths = find_files(data, name)
     if not paths:
@@ -139,11 +133,7 @@ def read_files(data: Path, name: str, columns: Sequence[str]) -> tuple[dict[str,
             f"the folder has {', '.join(discover(data)) or 'none'}"
         )
     where = str(paths[0] if len(paths) == 1 else paths[0].parent)
-    tables = [READERS[path.suffix](path) for path in paths]
-    missing = [column for column in columns if any(column not in table.column_names for table in tables)]
-    if missing:
-        raise ValueError(f"{where} lacks the column(s) {missing}; it has {tables[0].column_names}")
-    table = pa.concat_tables([table.select(list(columns)) for table in tables])
+    table = tables.read_files(paths, columns, typed=True)
     if table.num_rows == 0:
         raise ValueError(f"{where} holds no rows")
     return {column: table[column].to_pylist() for column in columns}, where

@@ -60,7 +60,7 @@ class Processes:
             PeerError: where one of them failed instead of coming here.
         """
         if not self.all_true(True):
-            raise PeerError("another process failed while mining; its own log says why")
+            raise PeerError("another process failed in work that all share; its own log says why")
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:

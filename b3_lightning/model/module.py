@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities import move_data_to_device
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -84,19 +85,21 @@ class ContrastiveModule(L.LightningModule):
 
     Args:
         embedder: folder or name of a SentenceTransformer or transformers model, or a small architecture to build.
+            Not needed where nothing but a teacher is asked.
         load: how a folder or name is loaded.
         lora: train an adapter instead of all weights.
         loss: temperature, masks, directions, widths.
         optim: optimiser and schedule.
         chunks: embed the batch in chunks and keep no activations (GradCache): any batch size in the memory of a chunk,
-            for a second forward pass.
-        teacher_load: how a teacher is loaded; as the student where absent.
+            for a second forward pass. Only the chunk at hand is on the device.
+        teacher_load: how a teacher is loaded. Where absent, as the student, but not with its trust and revision, and
+            in bfloat16 where the trainer computes in it and ``load`` names no dtype.
         fuse_teacher: a teacher that takes texts and images, but not both in one item (CLIP), gets the sum of the two.
     """
 
     def __init__(
         self,
-        embedder: str | SmallEmbedder,
+        embedder: str | SmallEmbedder | None = None,
         load: LoadSettings = LoadSettings(),  # noqa: B008 - frozen
         lora: LoraSettings | None = None,
         loss: LossSettings = LossSettings(),  # noqa: B008 - frozen
@@ -108,12 +111,13 @@ class ContrastiveModule(L.LightningModule):
         super().__init__()
         self.source, self.load, self.lora = embedder, load, lora
         self.loss, self.optim, self.chunks = loss, optim, chunks
-        self.teacher_load, self.fuse_teacher = teacher_load or load, fuse_teacher
+        self.teacher_load, self.fuse_teacher = teacher_load, fuse_teacher
         self.temperature = Temperature(loss)
         self.metrics = RetrievalMetrics()
         self._cache: GradCache | None = None
         self._passes: EqualPasses | None = None
         self._seed: int | None = None
+        self._lacks_vocabulary = False
 
     @property
     def embedder(self) -> SentenceTransformer:
@@ -127,12 +131,16 @@ class ContrastiveModule(L.LightningModule):
         check_strategy(strategy)
         if isinstance(strategy, FullyShardedStrategy):
             self._check_shardable()
+        if self.source is None:
+            raise ValueError("model.embedder is not set: name a model's folder or hub name, or a small architecture")
         if isinstance(self.source, SmallEmbedder):
-            self.model = self.source.build(self.trainer.datamodule.train_texts())  # type: ignore[attr-defined]
+            texts = self.trainer.datamodule.train_texts()  # type: ignore[attr-defined]
+            self._lacks_vocabulary = texts is None
+            self.model = self.source.build(texts or ())
         else:
             self.model = load_embedder(self.source, self.load, self.lora)
         name = self.source if isinstance(self.source, str) else type(self.source).__name__
-        check_supports(self.model, f"model.embedder={name}", self._modalities())
+        check_supports(self.model, f"model.embedder={name}", self.trainer.datamodule.modalities())  # type: ignore[attr-defined]
         self.model.train()  # what is loaded comes in evaluation mode: without dropout, with frozen batch statistics
         if self.loss.learn_temperature == "per_task":
             self.temperature = Temperature(self.loss, self.trainer.datamodule.n_tasks)  # type: ignore[attr-defined]
@@ -168,15 +176,15 @@ class ContrastiveModule(L.LightningModule):
         model.load_state_dict(own)
         return model
 
-    def load_teacher(self, path: str) -> SentenceTransformer | FusedEmbedder:
-        """Load another model, without an adapter to be trained and without checkpointing."""
-        loaded = load_embedder(path, replace(self.teacher_load, gradient_checkpointing=False), None)
+    def load_teacher(self, path: str, modalities: set[Any]) -> SentenceTransformer | FusedEmbedder:
+        """Load another model for items of these kinds, without an adapter to be trained and without checkpointing."""
+        load = self.teacher_load or self.load.for_teacher(
+            same_model=path == self.source, precision=str(self.trainer.precision)
+        )
+        loaded = load_embedder(path, replace(load, gradient_checkpointing=False), None)
         teacher = FusedEmbedder(loaded) if self.fuse_teacher else loaded
-        check_supports(teacher, f"data.teacher={path}", self._modalities())
+        check_supports(teacher, f"data.teacher={path}", modalities)
         return teacher
-
-    def _modalities(self) -> set[Any]:
-        return self.trainer.datamodule.modalities()  # type: ignore[attr-defined, no-any-return]
 
     def preprocess(self, inputs: Any) -> dict[str, Any]:
         """Texts, images or dicts of both -> the embedder's features; for the loader's workers."""
@@ -184,8 +192,8 @@ class ContrastiveModule(L.LightningModule):
         return features
 
     def encode(self, tensors: dict[str, Any]) -> Tensor:
-        """Features of one kind of input -> (P, D) vectors."""
-        vector_PD: Tensor = self.embedder(dict(tensors))["sentence_embedding"]
+        """Features of one kind of input, on any device -> (P, D) vectors."""
+        vector_PD: Tensor = self.embedder(move_data_to_device(dict(tensors), self.device))["sentence_embedding"]
         return vector_PD
 
     def embed(self, features: Sequence[tuple[Tensor, dict[str, Any]]], encode: Encode | None = None) -> Tensor:
@@ -277,15 +285,23 @@ class ContrastiveModule(L.LightningModule):
             loss = info_nce(score_BB, temperature=self.temperature(), ignore_BC=same_key(rows, rows))
         self.log(f"{split}/loss", loss, batch_size=len(query_BD), sync_dist=True)
 
-    def on_validation_epoch_start(self) -> None:
+    def _begin_evaluation(self) -> None:
+        if self._lacks_vocabulary:
+            raise ValueError(
+                "a small embedder learns its vocabulary from the training pairs: set data.train_pairs too, "
+                "name the run's export as model.embedder, or its checkpoint as ckpt_path"
+            )
         collect_weights(self.embedder)
+
+    def on_validation_epoch_start(self) -> None:
+        self._begin_evaluation()
 
     def on_validation_epoch_end(self) -> None:
         drop_weights(self.embedder)
         self._log_metrics("val")
 
     def on_test_epoch_start(self) -> None:
-        collect_weights(self.embedder)
+        self._begin_evaluation()
 
     def on_test_epoch_end(self) -> None:
         drop_weights(self.embedder)
@@ -298,7 +314,7 @@ class ContrastiveModule(L.LightningModule):
         self.metrics.reset()
 
     def on_predict_epoch_start(self) -> None:
-        collect_weights(self.embedder)
+        self._begin_evaluation()
 
     def on_predict_epoch_end(self) -> None:
         drop_weights(self.embedder)
@@ -353,6 +369,7 @@ class ContrastiveModule(L.LightningModule):
         vocabulary = checkpoint.get("b3_vocabulary")
         if vocabulary is not None and isinstance(self.source, SmallEmbedder):
             # subwords were learned from the training texts; those of the checkpoint count, whatever pairs are given now
+            self._lacks_vocabulary = False
             self.model = self.source.assemble(Tokenizer.from_str(vocabulary)).to(self.device).train()
         check_weights(state, self.state_dict())
 

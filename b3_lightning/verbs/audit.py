@@ -16,7 +16,7 @@ from rich.console import Console
 
 from b3_lightning.data.audit import audit, suspect, uneven
 from b3_lightning.data.foreign import ForeignPairs, deal_batches, read_foreign
-from b3_lightning.data.teacher import check_vectors
+from b3_lightning.data.vectors import check_vectors
 from b3_lightning.reports.audit import print_audit, write_audit
 
 FOUND = 3

@@ -69,6 +69,8 @@ def _add_encoding(group: Any) -> None:
     group.add_argument("--num_workers", type=int, default=0, help="processes that read images (default: 0)")
     group.add_argument("--device", help="such as cpu or cuda:1 (default: this process's GPU, or the CPU)")
     group.add_argument("--dtype", help="of the weights, such as bfloat16 (default: float32)")
+    group.add_argument("--revision", help="branch, tag or commit of a model on the hub (default: its main branch)")
+    group.add_argument("--trust_remote_code", action="store_true", help="run code of the model's repository: a risk")
     group.add_argument("--pooling", choices=["lasttoken", "mean", "cls"], help="for a plain transformers model")
     group.add_argument("--max_seq_length", type=int, help="tokens a text is cut to (default: the model's own)")
     group.add_argument("--min_pixels", type=int, help="of an image, for Qwen2-VL and its kin; with --max_pixels")
@@ -104,9 +106,18 @@ def _evaluate(given: argparse.Namespace, output: Path, processes: Processes) -> 
     )
     names = suite.choose(reading, given.tasks)
     load = LoadSettings(
-        given.pooling, given.max_seq_length, given.min_pixels, given.max_pixels, given.dtype, given.chat_template
+        given.pooling,
+        given.max_seq_length,
+        given.min_pixels,
+        given.max_pixels,
+        given.dtype,
+        given.chat_template,
+        trust_remote_code=given.trust_remote_code,
+        revision=given.revision,
     )
     model = EvalModel.load(given.model, load, device_of(given.device), fuse=given.fuse)
+    if not given.query_prompt and not given.target_prompt:
+        model.tell_unused_prompts()
     shown = processes.rank == 0 and sys.stdout.isatty()
     with Stages(output, processes).locked(), StageProgress(enabled=shown) as progress:
         encoder = Encoder(model, output / "unfinished", processes, given.batch_size, given.num_workers, progress)

@@ -1,0 +1,76 @@
+"""What is checked before training, so that a mistake is told in the first minute and not in the first epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from b3_lightning.data.pairs import PairTable
+from b3_lightning.mining import MinedPlan, MiningSettings
+from b3_lightning.mining.batches import check_batch_size
+
+
+def check_workers(num_workers: int, prefetch_factor: int | None) -> None:
+    """Refuse numbers that no loader can have, and batches to be prefetched by nobody; ValueError names them."""
+    if num_workers < 0:
+        raise ValueError(f"data.num_workers={num_workers} must not be negative")
+    if prefetch_factor is not None and (num_workers == 0 or prefetch_factor < 1):
+        raise ValueError(
+            f"data.prefetch_factor={prefetch_factor} must be at least 1 and needs workers that prefetch: set "
+            f"data.num_workers={num_workers} above 0, or leave it out"
+        )
+
+
+def check_mining(mining: MiningSettings, pairs: PairTable, batch_size: int) -> None:
+    """Refuse settings with which these pairs cannot be mined.
+
+    Raises:
+        ValueError: where batches are not made of whole clusters, the window does not fit, a setting is without effect,
+            or a task is unknown.
+    """
+    check_batch_size(batch_size, mining.cluster_size)
+    mining.check_used()
+    mining.check_fits(len(pairs))
+    mining.check_tasks(tuple(pairs.task_weights))
+
+
+def check_plan(folder: str, pairs: PairTable, fingerprint: str, batch_size: int | None) -> None:
+    """Refuse a plan of other pairs, or one whose clusters do not make whole batches.
+
+    Args:
+        fingerprint: of the pairs.
+        batch_size: of the batches that are drawn from the plan; None where none are.
+
+    Raises:
+        FileNotFoundError, ValueError: where the folder holds no such plan.
+    """
+    plan = MinedPlan.load(folder)
+    plan.check_rows(len(pairs), fingerprint)
+    size = plan.clusters.cluster_size
+    if batch_size is not None and batch_size % size:
+        above = batch_size - batch_size % size + size
+        near = f"{above - size} or {above}" if above > size else str(above)
+        raise ValueError(
+            f"data.plan={folder} was mined with clusters of K={size} rows, and data.batch_size={batch_size} is no "
+            f"multiple of it: set data.batch_size to {near}, or mine a plan with another data.mining.cluster_size"
+        )
+
+
+def refuse_other(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+    """Refuse to train on from a checkpoint whose batches were drawn from anything else.
+
+    Args:
+        here: what the batches depend on.
+        there: the same, of the checkpoint.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    differing = [
+        f"{name} ({there.get(name)} then, {value} now)" for name, value in here.items() if value != there.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"the checkpoint is of a run with other batches; it differs in {', '.join(differing)}. "
+            "Give it what it was made with, or start a new run"
+        )

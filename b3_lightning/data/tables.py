@@ -1,0 +1,144 @@
+"""Tables on disk: the one reader of Parquet, JSONL and CSV files, which says what is wrong with a file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+
+SUFFIXES = (".parquet", ".jsonl", ".csv")
+_READERS: dict[str, Callable[[Path], pa.Table]] = {".parquet": pq.read_table, ".jsonl": pyarrow.json.read_json}
+_SHARD = re.compile(r"(?P<split>.+?)-\d+-of-(?P<count>\d+)(-[0-9a-f]+)?\.parquet")
+
+
+def read_table(path: str, split: str = "train") -> pa.Table:
+    """All columns of a file, dataset folder or hub name, as they stand there.
+
+    Args:
+        split: of a folder or hub name.
+
+    Raises:
+        FileNotFoundError: where there is no such thing.
+        ValueError: where a file cannot be read, or is of an unknown kind, or there is no such split.
+    """
+    place = Path(path)
+    if place.is_file():
+        return read_file(place)
+    if place.is_dir():
+        return read_files(shards_of(place, split)) if find_shards(place) else _read_dataset_folder(place, split)
+    if place.suffix or path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise FileNotFoundError(
+            f"no pairs file {path} (looked from {Path.cwd()}; data.pairs_root names another folder)"
+        )
+    import datasets
+
+    return datasets.load_dataset(path, split=split).with_format("arrow")[:]
+
+
+def read_files(paths: Sequence[Path], columns: Sequence[str] | None = None, *, typed: bool = False) -> pa.Table:
+    """The rows of several files, end to end; arguments and errors as of ``read_file``.
+
+    Raises:
+        ValueError: also where two differ in their columns.
+    """
+    tables = [read_file(path, columns, typed=typed) for path in paths]
+    for path, table in zip(paths, tables, strict=True):
+        if not table.schema.equals(tables[0].schema):
+            raise ValueError(
+                f"{path} has the columns {_schema(table)}, but {paths[0].name} beside it {_schema(tables[0])}; "
+                "make them alike"
+            )
+    return pa.concat_tables(tables)
+
+
+def _schema(table: pa.Table) -> dict[str, str]:
+    return {column.name: str(column.type) for column in table.schema}
+
+
+def read_file(path: Path, columns: Sequence[str] | None = None, *, typed: bool = False) -> pa.Table:
+    """A table of one file, by the suffix of its name.
+
+    Args:
+        columns: those that are needed, in their order; all where absent.
+        typed: take for numbers what looks like numbers in a CSV; else all of it is text, and ``007`` stays what it is.
+
+    Raises:
+        FileNotFoundError: where it is missing.
+        ValueError: where it is empty, truncated, of another kind than its name says, or lacks a column.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path} (looked from {Path.cwd()})")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path} ends in {path.suffix!r}; readable are {', '.join(SUFFIXES)} and dataset folders")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty")
+    try:
+        table = _read_csv(path, typed) if path.suffix == ".csv" else _READERS[path.suffix](path)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{path} cannot be read as {path.suffix} ({reason}): it is truncated, changed or of another kind than its "
+            "name says; copy it anew, or write it again"
+        ) from error
+    missing = [name for name in columns or () if name not in table.column_names]
+    if missing:
+        raise ValueError(f"{path} lacks the column(s) {missing}; it has {table.column_names}")
+    return table if columns is None else table.select(list(columns))
+
+
+def _read_csv(path: Path, typed: bool) -> pa.Table:
+    with path.open(encoding="utf-8-sig") as file:
+        names = next(iter(file)).strip()
+    columns = {} if typed else {name.strip('"'): pa.string() for name in names.split(",")}
+    return pyarrow.csv.read_csv(
+        path,
+        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(column_types=columns),
+    )
+
+
+def find_shards(folder: Path) -> dict[str, list[Path]]:
+    """Every split's parquet files in a folder as the hub lays it out: ``SPLIT-00000-of-00002.parquet`` and so on."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*.parquet")):
+        shard = _SHARD.fullmatch(path.name)
+        if shard is not None:
+            found.setdefault(shard["split"], []).append(path)
+    return found
+
+
+def shards_of(folder: Path, split: str) -> list[Path]:
+    """The parquet files of one split.
+
+    Raises:
+        ValueError: where there is no such split, or some of its files are missing.
+    """
+    shards = find_shards(folder)
+    if split not in shards:
+        raise ValueError(f"{folder} has no split {split!r}; it has {sorted(shards)}")
+    shard = _SHARD.fullmatch(shards[split][0].name)
+    assert shard is not None
+    if len(shards[split]) != int(shard["count"]):
+        raise ValueError(f"{folder} holds {len(shards[split])} of the {int(shard['count'])} files of split {split!r}")
+    return shards[split]
+
+
+def _read_dataset_folder(path: Path, split: str) -> pa.Table:
+    import datasets
+
+    if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        raise ValueError(
+            f"{path} is a folder without a dataset: neither SPLIT-00000-of-00001.parquet as the hub lays it out, nor "
+            "what datasets.save_to_disk writes; name a file in it"
+        )
+    loaded = datasets.load_from_disk(str(path))
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise ValueError(f"{path} has no split {split!r}; it has {list(loaded)}")
+        loaded = loaded[split]
+    return loaded.with_format("arrow")[:]
