@@ -18,6 +18,7 @@ from sentence_transformers import SentenceTransformer
 from b3_lightning import MiningSettings, mine
 from b3_lightning.cli import main
 from b3_lightning.data.miner import PairMiner
+from b3_lightning.data.pairs import TeacherPrompts
 from b3_lightning.data.splits import Split
 from b3_lightning.data.teacher import Encoding
 from b3_lightning.mining.hardness import TEMPERATURE, mean_hardness
@@ -174,7 +175,7 @@ def test_two_processes_share_the_encoding_and_the_first_answers_as_one_does(
             met.wait()
             return agreed
 
-        def load(rank: int, path: str) -> SentenceTransformer:
+        def load(rank: int, path: str, modalities: object) -> SentenceTransformer:
             model = SentenceTransformer(path, device="cpu")
             preprocess = model.preprocess
 
@@ -193,7 +194,10 @@ def test_two_processes_share_the_encoding_and_the_first_answers_as_one_does(
                 precision="32-true", strategy=strategy, lightning_module=module,
             )  # fmt: skip
             cache = tmp_path / f"cache-{n_processes}"
-            miner = PairMiner(train, trainer, models["bert"], SETTINGS, tmp_path, cache, cache, 16, 8, 0)
+            miner = PairMiner(
+                train=train, trainer=trainer, teacher=models["bert"], teacher_prompts=TeacherPrompts(), mining=SETTINGS,
+                image_root=tmp_path, cache=cache, student_cache=cache, batch_size=16, eval_batch_size=8, num_workers=0,
+            )  # fmt: skip
             return miner.what_if(Questions(batch_sizes=(16,), cluster_sizes=(4,), first_ranks=(0,)))
 
         with ThreadPoolExecutor(n_processes) as pool:
