@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +65,39 @@ class CheckedCheckpointIO(TorchCheckpointIO):
         if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
             raise ValueError(f"{file} is no checkpoint of a run: it has no state_dict")
         return checkpoint
+
+
+def existing_checkpoint(given: str) -> str:
+    """The path of a checkpoint that is given as ``ckpt_path``, if it is a file.
+
+    Raises:
+        FileNotFoundError: where it is none; for a folder it names the checkpoints in there.
+    """
+    path = Path(given)
+    if path.is_file():
+        return given
+    there = sorted(map(str, path.rglob("*.ckpt"))) if path.is_dir() else []
+    hint = f"it is a folder; in it: {', '.join(there[:5])}" if there else f"looked from {Path.cwd()}"
+    raise FileNotFoundError(f"no checkpoint ckpt_path={given} ({hint})")
+
+
+def check_weights(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Refuse the weights of another model than the one that is to take them.
+
+    Raises:
+        ValueError: naming the first that differ.
+    """
+    differing = [
+        f"{name} ({_size(found.get(name))} there, {_size(expected.get(name))} here)"
+        for name in sorted({*found, *expected})
+        if _size(found.get(name)) != _size(expected.get(name))
+    ]
+    if differing:
+        raise ValueError(
+            f"the checkpoint holds weights of another model; {len(differing)} differ, such as "
+            f"{', '.join(differing[:2])}. Give model.embedder, model.lora and model.loss as in its run's config.yaml"
+        )
+
+
+def _size(weight: torch.Tensor | None) -> str:
+    return "none" if weight is None else "x".join(map(str, weight.shape)) or "a number"

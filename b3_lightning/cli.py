@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +11,7 @@ from typing import Any
 import lightning as L
 import yaml
 from jsonargparse import DefaultHelpFormatter
-from jsonargparse._deprecated import JsonargparseDeprecationWarning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
@@ -36,14 +31,13 @@ from b3_lightning.callbacks import (
 from b3_lightning.callbacks.requeue import where_to_begin
 from b3_lightning.checkpoints import CheckedCheckpointIO, StepCheckpoint
 from b3_lightning.data import PairsDataModule
-from b3_lightning.mining import MinedPlan
-from b3_lightning.mining.whatif import Questions
-from b3_lightning.mistakes import Parser, check_command, check_devices, told
+from b3_lightning.mistakes import Parser, check_command, check_devices, tell_idle, tell_weights, told
 from b3_lightning.model import ContrastiveModule, FullyShardedStrategy
 from b3_lightning.reports.compare import keep_old_metrics
 from b3_lightning.reports.outcome import print_outcome
 from b3_lightning.reports.wandb_mode import WandbMode, has_wandb_key, is_offline
-from b3_lightning.reports.whatif import tell_what_if
+from b3_lightning.terminal import quieten, show_log
+from b3_lightning.trainer import B3Trainer, wait_patiently
 from b3_lightning.verbs import VERBS, run_verb
 
 DESCRIPTION = "Train embedding models on batches mined to be hard (B3)."
@@ -87,70 +81,6 @@ class RunSettings:
         return is_offline(self.wandb)
 
 
-class B3Trainer(L.Trainer):
-    """Lightning's Trainer, which also mines without training."""
-
-    def mine(self, model: ContrastiveModule, datamodule: PairsDataModule, output: str) -> MinedPlan | None:
-        """Mine the training pairs into a plan and write it with a report.
-
-        Args:
-            output: the folder to write.
-        """
-        mined: MinedPlan | None = self._launched(self._mine, model, datamodule, output)
-        return mined
-
-    def plan(
-        self,
-        model: ContrastiveModule,
-        datamodule: PairsDataModule,
-        output: str | None = None,
-        questions: Questions = Questions(),  # noqa: B008 - frozen
-    ) -> None:
-        """Say before training what mining will buy, for which batch size, cluster size and window.
-
-        Args:
-            output: folder for what_if.html and what_if.parquet; ``what_if`` in the run's folder where absent.
-            questions: batch sizes, cluster sizes and windows to compare.
-        """
-        folder = Path(output if output is not None else Path(self.default_root_dir) / "what_if")
-        self._launched(self._plan, model, datamodule, folder, questions)
-
-    def _launched(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        launch = self.strategy.launcher
-        return work(*arguments) if launch is None else launch.launch(work, *arguments, trainer=self)
-
-    def _plan(self, model: ContrastiveModule, datamodule: PairsDataModule, folder: Path, questions: Questions) -> None:
-        self._prepare(model, datamodule)
-        processes = datamodule.processes()
-        with datamodule.ending_at_once(), processes.failing_together():
-            answers = datamodule.what_if(questions)
-            if answers is not None:
-                tell_what_if(Console(), answers, datamodule.batch_size, folder)
-            processes.barrier()
-
-    def _mine(self, model: ContrastiveModule, datamodule: PairsDataModule, output: str) -> MinedPlan | None:
-        self._prepare(model, datamodule)
-        processes = datamodule.processes()
-        with datamodule.ending_at_once(), processes.failing_together():
-            mined = datamodule.mine()
-            if mined is not None:
-                mined.save(output)
-                for callback in self.callbacks:  # type: ignore[attr-defined]
-                    if isinstance(callback, MiningReport):
-                        callback.write(mined, datamodule, Path(output), f"Mined plan: {Path(output).name}")
-            processes.barrier()
-        return mined
-
-    def _prepare(self, model: ContrastiveModule, datamodule: PairsDataModule) -> None:
-        datamodule.trainer, self.datamodule = self, datamodule
-        model.trainer = self
-        self.strategy._lightning_module = model
-        self.strategy.setup_environment()
-        if datamodule.teacher == "student":
-            model.configure_model()
-            model.to(self.strategy.root_device)
-
-
 class SaveRunConfig(SaveConfigCallback):
     """Keep config.yaml in the run's folder, and give W&B the same settings."""
 
@@ -173,6 +103,14 @@ class B3CLI(LightningCLI):
         parser.add_lightning_class_args(Remine, "remine")
         parser.add_lightning_class_args(HardnessMonitor, "hardness")
         parser.add_lightning_class_args(MiningReport, "report")
+
+    def before_instantiate_classes(self) -> None:
+        unused = self.subcommand in ("mine", "plan") and self._get(self.config, "data").teacher != "student"
+        if self._get(self.config, "model").embedder is None and not unused:
+            raise ValueError(
+                f"{self.subcommand} needs model.embedder: --model.embedder=PATH_OR_NAME, or a small one's sizes, such "
+                "as {hidden_sizes: [32, 64]}. Only mine and plan do without, where data.teacher is not the student"
+            )
 
     @property
     def run(self) -> RunSettings:
@@ -201,7 +139,9 @@ class B3CLI(LightningCLI):
             callbacks.append(EmbeddingWriter())
         if given.get("enable_progress_bar") is not False:
             callbacks.append(RichProgressBar(leave=True))
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        wait_patiently(trainer.strategy)
+        return trainer
 
     def parser_dump(self) -> str:
         """The run's settings as YAML."""
@@ -273,6 +213,7 @@ class B3CLI(LightningCLI):
         self._get(self.config_init, "remine").check(self.datamodule, self.trainer)
         self.datamodule.setup("fit")
         if self.trainer.is_global_zero:
+            tell_idle(self.datamodule, self._get(self.config_init, "remine"))
             self._begin_run()
 
     def _begin_run(self) -> None:
@@ -289,6 +230,12 @@ class B3CLI(LightningCLI):
 
     def before_plan(self) -> None:
         self.datamodule.load("train")
+
+    def before_validate(self) -> None:
+        if self.trainer.is_global_zero:
+            tell_weights(self._get(self.config, "ckpt_path"), self.model.source, Path(self.run.dir))
+
+    before_test = before_predict = before_validate
 
     def after_fit(self) -> None:
         if self.trainer.is_global_zero:
@@ -310,29 +257,11 @@ class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the line breaks of the epilog."""
 
 
-class _ToStderr(logging.Handler):
-    """Looks ``sys.stderr`` up for each line, since a live progress bar replaces it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(self.format(record) + "\n")
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Only warnings from other processes than the first, as Lightning counts them under any launcher."""
-        return record.levelno >= logging.WARNING or rank_zero_only.rank == 0  # type: ignore[attr-defined]
-
-
-def _show_log() -> None:
-    """Show what the package logs: once, not from every process."""
-    log = logging.getLogger("b3_lightning")
-    log.setLevel(logging.INFO)
-    if not log.handlers:
-        log.addHandler(_ToStderr())
-
-
 def main(args: list[str] | None = None) -> None:
     """Run one command; ``args`` default to those of the process."""
     given = list(sys.argv[1:] if args is None else args)
-    _show_log()
+    show_log()
+    quieten()
     try:
         check_command(given, [*B3CLI.subcommands(), *VERBS])
         if given[0] in VERBS:
@@ -347,7 +276,6 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _run_lightning(args: list[str] | None) -> None:
-    _quieten()
     FullyShardedStrategy.register()
     mode = {"parser_mode": "omegaconf+"}
     # DDP starts its other processes with sys.argv, so that must stay as it is on a real command line
@@ -379,18 +307,3 @@ def _run_lightning(args: list[str] | None) -> None:
         )
     finally:
         sys.argv = argv
-
-
-def _quieten() -> None:
-    """Silence advice about choices that this program makes on purpose."""
-    for message in (
-        ".*does not have many workers",
-        ".*is smaller than the logging interval",
-        ".*exists and is not empty",
-        ".*callbacks used to create the checkpoint need to be provided",
-        ".*could not find the monitored key",
-        ".*Total length of `list` across ranks is zero",  # no validation pairs
-        ".*isinstance.treespec, LeafSpec.",
-    ):
-        warnings.filterwarnings("ignore", message=message)
-    warnings.filterwarnings("ignore", category=JsonargparseDeprecationWarning)

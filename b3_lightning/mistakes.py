@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import difflib
 import dis
+import logging
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
+
+from b3_lightning.callbacks import Remine
+from b3_lightning.callbacks.export import is_export
+from b3_lightning.checkpoints import existing_checkpoint
+from b3_lightning.data import PairsDataModule
+from b3_lightning.mining import MiningSettings
+from b3_lightning.model.embedder import SmallEmbedder
+from b3_lightning.options import as_known, nearest
+
+log = logging.getLogger(__name__)
 
 OUT_OF_MEMORY = (
     "the GPU ran out of memory. Embed a batch in chunks, which keeps |B| as it is: --model.chunks.items=16 (smaller "
@@ -22,7 +34,11 @@ OUT_OF_MEMORY = (
 
 
 class Parser(LightningArgumentParser):
-    """Tells a wrong setting in a line or two, with the settings whose names come near."""
+    """Tells a wrong setting in a line or two, with the settings whose names come near; takes dashes for underscores."""
+
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        given = sys.argv[1:] if args is None else args
+        return super().parse_args(as_known(given, self._option_string_actions), *others, **kwargs)
 
     def add_lightning_class_args(self, lightning_class: Any, nested_key: str, *args: Any, **kwargs: Any) -> list[str]:
         """Add a class's arguments; what those of the data name are files of pairs, which are not read as settings."""
@@ -34,24 +50,13 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser = getattr(ex, "subcommand_parser", None) or self
         known = [action.dest for action in parser._actions]
-        unknown = re.search(r"does not accept \w+ '([\w.]+)'|recognized arguments: --([\w.]+)", message)
+        unknown = re.search(r"does not accept \w+ '([\w.]+)'|recognized arguments: --([\w.-]+)", message)
         if unknown:
             name = unknown[1] or unknown[2]
-            message = f"there is no setting {name}{_nearest(name, known)}"
+            message = f"there is no setting {name}{nearest(name, known)}"
         command = parser.prog.replace(" [options]", "")
         sys.stderr.write(f"error: {message}\n{command} --help lists all\n")
         sys.exit(2)
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """The known names that come near: as a whole, or in their last part."""
-    known = [other for other in known if "." in other] or list(known)
-    last = {other: other.rpartition(".")[2] for other in known}
-    near = difflib.get_close_matches(name, known, n=2)
-    own = name.rpartition(".")[2]
-    near += [other for other in known if last[other] in difflib.get_close_matches(own, set(last.values()), n=1)]
-    listed = list(dict.fromkeys(near))[:3]
-    return f"; did you mean {' or '.join(listed)}?" if listed else ""
 
 
 def check_command(given: Sequence[str], commands: Sequence[str]) -> None:
@@ -85,6 +90,42 @@ def check_devices(accelerator: Any, devices: Any) -> None:
         )
     if isinstance(devices, int) and devices > n_seen > 0:
         raise ValueError(f"trainer.devices={devices}, but torch sees {n_seen} GPUs: set --trainer.devices={n_seen}")
+
+
+def tell_weights(ckpt_path: str | None, embedder: str | SmallEmbedder, run: Path) -> None:
+    """Say which weights are evaluated: untrained ones by mistake would pass for a run that has learned nothing.
+
+    Args:
+        ckpt_path: as given; its weights take the place of the embedder's.
+        embedder: as set.
+        run: the folder of the run, whose checkpoints are named where none was given.
+
+    Raises:
+        FileNotFoundError: where the checkpoint is no file.
+    """
+    if ckpt_path is not None:
+        log.info("weights: those of the checkpoint %s", existing_checkpoint(ckpt_path))
+    elif isinstance(embedder, str) and is_export(Path(embedder)):
+        log.info("weights: those of the export %s", embedder)
+    else:
+        what = f"model.embedder={embedder} as loaded" if isinstance(embedder, str) else "random, of a small embedder"
+        kept = sorted((run / "checkpoints").glob("*.ckpt"))  # the best comes before the last
+        trained = kept[0] if kept else "RUN/checkpoints/FILE.ckpt"
+        log.warning("weights: %s, which no run has trained; those of a run: --ckpt_path=%s", what, trained)
+
+
+def tell_idle(data: PairsDataModule, remine: Remine) -> None:
+    """Warn of settings that random batches leave without effect: a baseline shares them with the run beside it."""
+    given = {
+        "data.mining": data.mining != MiningSettings(),
+        "data.teacher": data.teacher != "student",
+        "data.plan": data.plan_folder is not None,
+        "data.mined_frac": bool(data.mined_frac),
+        "remine": remine.enabled,
+    }
+    idle = [name for name, changed in given.items() if changed]
+    if data.batches == "random" and idle:
+        log.warning("data.batches=random mines nothing; without effect: %s", ", ".join(idle))
 
 
 def told(error: Exception) -> str | None:

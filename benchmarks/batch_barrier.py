@@ -42,11 +42,11 @@ from torch import Tensor
 
 from b3_lightning.cli import main as b3
 from b3_lightning.data.pairs import Item, load_pairs
+from b3_lightning.evaluation.bootstrap import paired_bootstrap
 from b3_lightning.mining.store import write_atomic
-from b3_lightning.model.metrics import paired_bootstrap, positive_ranks, query_metrics
+from b3_lightning.model.metrics import positive_ranks, query_metrics
 
 METRICS = ("hit@1", "hit@10", "mrr")
-N_DRAWN = 2000
 _BLOCK = 100
 _SEARCHED = ("temperature", "rate")
 _LEFT = ("checkpoints", "plans", "cache")
@@ -291,7 +291,7 @@ def differences(found: Sequence[Searched], values: Sequence[Sequence[dict[str, T
 
 
 def _difference(ours_N: Tensor, other_N: Tensor) -> str:
-    sure = paired_bootstrap(ours_N, other_N, n_draws=N_DRAWN, generator=torch.Generator().manual_seed(0))
+    sure = paired_bootstrap(ours_N, other_N, generator=torch.Generator().manual_seed(0))
     return f"{100 * sure.mean:+.1f} [{100 * sure.low:+.1f}, {100 * sure.high:+.1f}]"
 
 

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from b3_lightning.checkpoints import CheckedCheckpointIO
+from b3_lightning.data.datamodule import datamodule_of
+from b3_lightning.data.mixture import Prompts, prompts_of
 from b3_lightning.model.sharding import FullyShardedStrategy
 
 log = logging.getLogger(__name__)
 
 _MAGNITUDE = "lora_magnitude_vector"
+_PROMPT_NAMES = {"query": "query", "target": "document"}  # side -> sentence-transformers' name
+_TAG = "tags:\n- b3_lightning\n"
 
 
 class Export(Callback):
     """Write ``export/`` with the weights of the best checkpoint, or the last ones where none is kept.
+
+    The export holds the prompts that the model was trained with, where one goes before all texts of a side.
 
     Args:
         description: lines of the model card that say how the model was trained.
@@ -51,14 +60,17 @@ class Export(Callback):
         shutil.rmtree(temporary, ignore_errors=True)
         if self.merge_adapter:
             merge_adapters(embedder)
+        prompts = prompts_of(datamodule_of(trainer).sources["train"] or [])
+        kept = keep_prompts(embedder, prompts)
         embedder.save_pretrained(str(temporary), create_model_card=False)
         _name_dora_weights(temporary)
-        (temporary / "README.md").write_text(self._card(trainer, best), encoding="utf-8")
+        card = self._card(trainer, best, told_prompts(prompts, kept))
+        (temporary / "README.md").write_text(card, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
         log.info("exported to %s", folder)
 
-    def _card(self, trainer: Trainer, best: str | None) -> str:
+    def _card(self, trainer: Trainer, best: str | None, prompts: str) -> str:
         metrics = "\n".join(
             f"| {name} | {float(value):.4f} |"
             for name, value in sorted(trainer.callback_metrics.items())
@@ -67,14 +79,65 @@ class Export(Callback):
         weights = f"best checkpoint `{Path(best).name}`" if best else "the last step"
         return (
             "---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n"
-            "tags:\n- b3_lightning\n---\n\n"
+            f"{_TAG}---\n\n"
             "# Embedding model trained with b3_lightning\n\n"
             f"Weights: {weights}; {trainer.global_step} optimiser steps, {trainer.current_epoch} epochs.\n\n"
             "```python\nfrom sentence_transformers import SentenceTransformer\n\n"
             'model = SentenceTransformer("THIS_FOLDER")\nvectors = model.encode(["a text"])\n```\n\n'
-            f"## Training\n\n```yaml\n{self.description.strip()}\n```\n\n"
+            f"{prompts}## Training\n\n```yaml\n{self.description.strip()}\n```\n\n"
             f"## Last validation\n\n| metric | value |\n|---|---|\n{metrics}\n"
         )
+
+
+def keep_prompts(embedder: Any, prompts: Prompts) -> dict[str, str]:
+    """Give the model the prompt of each side that all its texts were trained with, as ``query`` and ``document``.
+
+    A side whose tasks differ has none there, nor has one whose prompt the model would put elsewhere than before the
+    text: with a chat template sentence-transformers makes it a system message. Prompts that the model brought are
+    emptied under these names, and none is the default: no text was trained with them.
+
+    Returns:
+        Side -> the prompt given to the model.
+    """
+    kept = {side: next(iter(found)) if len(found) == 1 else "" for side, found in prompts.items()}
+    kept = {side: prompt if _goes_before_texts(embedder, prompt) else "" for side, prompt in kept.items()}
+    embedder.prompts |= {_PROMPT_NAMES[side]: prompt for side, prompt in kept.items()}
+    embedder.default_prompt_name = None
+    return kept
+
+
+def _goes_before_texts(embedder: Any, prompt: str) -> bool:
+    """Does the model read a prompt that it is given just as a text that begins with it?"""
+    if not prompt:
+        return True
+    if any(getattr(module, "include_prompt", True) is False for module in embedder):
+        return False  # left out of the mean, as it was not in training
+    given = embedder.preprocess(["text"], prompt=prompt).get("input_ids")
+    written = embedder.preprocess([f"{prompt}text"]).get("input_ids")
+    return given is written or torch.equal(given, written)
+
+
+def told_prompts(prompts: Prompts, kept: Mapping[str, str]) -> str:
+    """The card's section on prompts: which, and who puts them there; nothing where there are none."""
+    lines = []
+    for side, found in prompts.items():
+        if kept[side]:
+            name = _PROMPT_NAMES[side]
+            lines.append(
+                f"- {side}: `encode_{name}` puts `{json.dumps(kept[side], ensure_ascii=False)}` before the text"
+            )
+        elif any(found):
+            each = "; ".join(
+                f"`{json.dumps(prompt, ensure_ascii=False)}` ({', '.join(tasks)})" for prompt, tasks in found.items()
+            )
+            lines.append(f"- {side}: put the prompt of its task before the text yourself: {each}")
+    return "\n".join(["## Prompts", "", *lines, "", ""]) if lines else ""
+
+
+def is_export(folder: Path) -> bool:
+    """Was the model in this folder trained by a run? Its card says so."""
+    card = folder / "README.md"
+    return card.is_file() and _TAG in card.read_text(encoding="utf-8")
 
 
 def merge_adapters(embedder: nn.Module) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
+from b3_lightning.checkpoints import existing_checkpoint
+
 log = logging.getLogger(__name__)
 
 
@@ -81,9 +83,7 @@ def where_to_begin(folder: Path, settings: str, given: str | None) -> str | None
         ValueError: where the folder holds another run.
     """
     if given is not None:
-        if not Path(given).is_file():
-            raise FileNotFoundError(f"no checkpoint ckpt_path={given} (looked from {Path.cwd()})")
-        return given
+        return existing_checkpoint(given)
     if not any((folder / name).exists() for name in ("metrics.csv", "checkpoints", "export")):
         return None
     last, restart = folder / "checkpoints" / "last.ckpt", os.environ.get("SLURM_RESTART_COUNT", "0")

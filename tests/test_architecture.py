@@ -22,6 +22,7 @@ PACKAGE = ROOT / "b3_lightning"
 LAYERS = (
     "types",
     "progress",
+    "options",
     "signals",
     "mining",
     "checkpoints",
@@ -30,8 +31,10 @@ LAYERS = (
     "evaluation",
     "reports",
     "callbacks",
+    "trainer",
     "verbs",
     "mistakes",
+    "terminal",
     "cli",
     "__main__",
 )

@@ -236,7 +236,7 @@ def test_a_bug_keeps_its_traceback(fit: Run, monkeypatch: pytest.MonkeyPatch) ->
         fit("image-text", SMALL, "--data.batches=random")
 
 
-def test_validate_from_a_checkpoint_repeats_what_fit_logged(fit: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_validate_from_a_checkpoint_repeats_what_fit_logged(fit: Run, caplog: pytest.LogCaptureFixture) -> None:
     run = fit("image-text", SMALL, "--data.batches=random")
     with (run / "metrics.csv").open() as file:
         last = [row for row in csv.DictReader(file) if row["val/mrr"]][-1]
@@ -244,6 +244,7 @@ def test_validate_from_a_checkpoint_repeats_what_fit_logged(fit: Run, capsys: py
     nothing = ["--data.train_pairs=null", "--data.batches=b3", "--data.teacher=absent", "--data.plan=absent"]
     command = ["validate", f"--config={run / 'config.yaml'}", *nothing]
     main([*command, f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"])
+    assert f"weights: those of the checkpoint {run}/checkpoints/last.ckpt" in caplog.text
     with (run / "validate" / "metrics.csv").open() as file:
         again = next(csv.DictReader(file))
     assert float(again["val/mrr"]) == pytest.approx(float(last["val/mrr"]), abs=1e-6)

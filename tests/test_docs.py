@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -62,9 +64,32 @@ def test_the_first_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert MinedPlan.load("plan").summary()["n_edges"] > 500
 
 
-def test_the_settings_of_every_yaml_block_exist() -> None:
-    """By their top keys at least; the first tutorial's whole config is run above."""
-    known = {"seed_everything", "run", "trainer", "remine", "hardness", "report", "data", "model"}
-    for page in PAGES:
-        for text in re.findall(r"^```yaml[^\n]*\n(.*?)^```$", page.read_text(), re.M | re.S):
-            assert set(yaml.safe_load(text)) <= known, page.name
+def test_the_settings_that_pages_name_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.embedder=x", "--print_config"])
+    known = yaml.safe_load(capsys.readouterr().out)
+    groups = r"run|trainer|data|model|remine|hardness|report(?!\.html|\.md)"
+    for page in [ROOT / "README.md", *PAGES]:
+        text = page.read_text()
+        named = [name.split(".") for name in re.findall(rf"(?:--|`)((?:{groups})\.\w+(?:\.\w+)*)(?=[`=: ])", text)]
+        for block in re.findall(r"^```yaml[^\n]*\n(.*?)^```$", text, re.M | re.S):
+            named += _paths(yaml.safe_load(block))
+        assert [".".join(path) for path in named if not _exists(path, known)] == [], page.name
+
+
+def _paths(group: dict[str, Any]) -> Iterator[list[str]]:
+    for name, value in group.items():
+        yield [name]
+        if isinstance(value, dict):
+            yield from ([name, *rest] for rest in _paths(value))
+
+
+def _exists(path: list[str], known: object) -> bool:
+    """What is absent by default, or a value, may have parts that are not listed."""
+    for name in path:
+        if not isinstance(known, dict) or not known:
+            return True
+        if name not in known:
+            return False
+        known = known[name]
+    return True

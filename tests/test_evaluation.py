@@ -141,7 +141,7 @@ def test_mmeb_files_are_read_with_their_quirks(data: Path) -> None:
         (("q", "", [], []), r"there are no targets in row\(s\) 1"),
         (("q", "", ["x", "y"], [""]), r"lists of one length in row\(s\) 1"),
         (("q", "", ["", "y"], ["", ""]), r"the right one, is empty in row\(s\) 1"),
-        (("q", "", ["x"], ["absent.png"]), r"(?s)absent.png: missing.*give their folder: --image-root"),
+        (("q", "", ["x"], ["absent.png"]), r"(?s)absent.png: missing.*give their folder: --image_root"),
         (("q", "", ["x"], ["../secret.png"]), "leaves image_root"),
     ],
 )
@@ -365,7 +365,7 @@ def test_clip_takes_image_and_text_only_fused(data: Path, models: dict[str, str]
         (["--tasks", "VOC"], "--tasks VOC: no set of mmeb; they are ImageNet-1K"),
         (["--tasks", "GQA"], r"has no GQA: looked for GQA/test-\*.parquet or GQA.parquet; it has VOC2007"),
         (["--against", "absent.json"], "no results absent.json"),
-        (["--batch-size", "0"], "--batch-size 0 must be above 0"),
+        (["--batch-size", "0"], "--batch_size 0 must be above 0"),
         (["--model", "./absent"], "--model ./absent is no folder"),
     ],
 )

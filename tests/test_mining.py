@@ -262,6 +262,20 @@ def test_bad_settings_are_refused(changes: dict[str, object]) -> None:
         small(**changes)
 
 
+def test_settings_that_nothing_reads_are_refused() -> None:
+    for chosen, other in (
+        (MiningSettings(min_recall=0.9), "neighbors=exact"),
+        (MiningSettings(random_negatives=0.5), "n_negatives=0"),
+        (MiningSettings(communities="metis", cut="louvain"), "communities=metis"),
+        (MiningSettings(backend="cpu", max_level=9), "backend=cpu"),
+        (MiningSettings(ranked="rows", label_share=0.5, per_task={"a": {"first_rank": 1}}), "ranked=rows"),
+    ):
+        with pytest.raises(ValueError, match=f"is without effect with data.mining.{other}: change that, or leave"):
+            chosen.check_used()
+    MiningSettings(neighbors="approximate", min_recall=0.9, threshold=1e-3).check_used()
+    MiningSettings(ranked="rows", label_share=0.5, per_task={"a": {"ranked": "labels"}}).check_used()
+
+
 def test_window_arcs_leave_out_missing_ranks() -> None:
     neighbors = Neighbors(torch.tensor([[1, -1], [0, -1]]), torch.zeros(2, 2), torch.ones(2))
     from_A, to_A = window_arcs(neighbors, rank_window(neighbors, MiningSettings(), first_rank=0, n_ranks=2))

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 
+from b3_lightning.callbacks import Export, Remine
 from b3_lightning.cli import main
+from b3_lightning.data import PairsDataModule
+from b3_lightning.mining import MiningSettings
+from b3_lightning.mistakes import tell_idle, tell_weights
+from b3_lightning.model.embedder import SmallEmbedder
+from b3_lightning.options import as_known
 
 Command = Callable[..., str]
 
@@ -77,7 +85,7 @@ data:
         (["--data.train_pairs=picture.csv"], "1 of 1 images under .* cannot be used:\n  no.png: missing .rows 0, 1"),
         (["--trainer.accelerator=gpu"], "sees no GPU: set --trainer.accelerator=cpu or auto"),
         (["--run.wandb=online"], "no key: `wandb login` or set WANDB_API_KEY; --run.wandb=offline needs none"),
-        (["--data.batch_size=18"], "batch_size=18 must be a multiple of cluster_size=4; nearest: 16"),
+        (["--data.batch-size=18"], "batch_size=18 must be a multiple of cluster_size=4; nearest: 16"),
         (["--data.batch_size=64"], "40 rows, fewer than batch_size=64.*lower data.batch_size"),
         (["--data.mining.cluster_size=64", "--data.batch_size=64"], "40 rows are fewer than cluster_size=64"),
         (["--data.mining.first_rank=35"], "40 rows are too few for the ranks up to first_rank=35.*lower first_rank"),
@@ -91,7 +99,10 @@ data:
         (["--ckpt_path=absent.ckpt"], "no checkpoint ckpt_path=absent.ckpt .looked from"),
         (["--ckpt_path=bad.ckpt"], "bad.ckpt is truncated or no checkpoint .*; resume from another one"),
         (["--data.mining.cluster_size=abc"], "data.mining.cluster_size.*\n.*Got value: abc"),
+        (["--data.mining.min_recall=0.9"], "min_recall=0.9 is without effect .* or leave min_recall at 0.95"),
+        (["--model.embedder=null"], "fit needs model.embedder: --model.embedder=PATH_OR_NAME"),
         (["--data.bach_size=8"], "no setting data.bach_size; did you mean data.batch_size"),
+        (["--data.mining.per-task.OK-VQA.first_rank=0"], "per_task names unknown tasks .'OK-VQA'."),
     ],
 )
 def test_a_wrong_setting(settings: list[str], message: str, told: Command) -> None:
@@ -114,9 +125,30 @@ def test_unknown_commands_and_missing_arguments(told: Command, capsys: pytest.Ca
     assert _holds(told("trian"), "no command 'trian'.*fit, ")
     assert _holds(told("comapre"), "no command 'comapre'; did you mean compare?")
     assert _holds(told("mine"), "required: mine.output")
+    alone = ("--model.embedder=null", "--data.teacher=student", "--output=plan")
+    assert _holds(told("mine", *alone), "mine needs model.embedder: .* where data.teacher is not the student")
     assert _holds(told("validate"), "data.val_pairs is not set; give a pairs file")
     with pytest.raises(SystemExit, match=r"name a command: the commands are fit, .*audit"):
         main([])
+
+
+def test_options_of_every_command_take_dashes_and_underscores_and_misspelt_ones_are_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    known = ["--ckpt_path", "--no-cache_of", "--data.per_task"]
+    given = ["--ckpt-path=a-b", "x-y", "--no-cache-of", "--data.per-task.A-B=1", "--", "--ckpt-path"]
+    expected = ["--ckpt_path=a-b", "x-y", "--no-cache_of", "--data.per_task.A-B=1", "--", "--ckpt-path"]
+    assert as_known(given, known) == expected
+    for words, said in (
+        (["batches", "plan", "--bach-size=8"], "there is no option --bach-size; did you mean --batch_size?"),
+        (["audit", "x.csv", "--in-order", "--epochs=2"], "there is no option --epochs\n"),
+        (["prepare", "--eval-images=x", "--sample=none"], "argument --sample: invalid int value"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(words)
+        errors = capsys.readouterr().err
+        assert _holds(errors, f"^error: .*{said}")
+        assert f"python -m b3_lightning {words[0]} --help lists all" in errors
 
 
 def test_a_plan_of_other_pairs_and_a_folder_in_use(told: Command, tmp_path: Path) -> None:
@@ -139,6 +171,42 @@ def test_going_on_in_the_wrong_folder_or_with_other_batches(told: Command) -> No
     said = told("fit", *again, "--run.dir=elsewhere")
     assert _holds(said, "goes on with a plan that is not in elsewhere.*: set --run.dir to the run that it is of")
     assert _holds(told("fit", *again, "--data.batch_size=8"), "differs in batch_size .16 then, 8 now.")
+    said = told("validate", *again, "--model.embedder={hidden_sizes: [8]}")
+    assert _holds(said, r"weights of another model; \d+ differ, such as model\..*Give model.embedder, model.lora")
+
+
+def test_evaluation_says_whose_weights_it_uses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    last, export, base = tmp_path / "checkpoints/last.ckpt", tmp_path / "export", tmp_path / "base"
+    for folder, card in (
+        (export, Export()._card(L.Trainer(accelerator="cpu", logger=False), None, "")),
+        (base, "# A model"),
+    ):
+        folder.mkdir()
+        (folder / "README.md").write_text(card)
+    caplog.set_level("INFO", "b3_lightning")
+    tell_weights(None, SmallEmbedder(), tmp_path)
+    assert _holds(caplog.text, "WARNING.*weights: random, of a small embedder.*--ckpt_path=RUN/checkpoints/FILE.ckpt")
+    last.parent.mkdir()
+    last.write_text("")
+    for given, embedder, said in (
+        (str(last), base, f"INFO .*weights: those of the checkpoint {last}"),
+        (None, export, f"INFO .*weights: those of the export {export}"),
+        (None, base, f"WARNING .*weights: model.embedder={base} as loaded, which no run.* --ckpt_path={last}"),
+    ):
+        caplog.clear()
+        tell_weights(given, str(embedder), tmp_path)
+        assert _holds(caplog.text, said)
+    with pytest.raises(FileNotFoundError, match=f"ckpt_path={tmp_path} .it is a folder; in it: {last}"):
+        tell_weights(str(tmp_path), "base", tmp_path)
+
+
+def test_a_baseline_tells_what_it_leaves_without_effect(caplog: pytest.LogCaptureFixture) -> None:
+    shared = partial(PairsDataModule, mining=MiningSettings(first_rank=1), mined_frac={0: 0.5})
+    tell_idle(shared(), Remine(enabled=True))
+    tell_idle(PairsDataModule(batches="random"), Remine())
+    assert caplog.text == ""
+    tell_idle(shared(batches="random"), Remine(enabled=True))
+    assert _holds(caplog.text, "WARNING .*mines nothing; without effect: data.mining, data.mined_frac, remine\n")
 
 
 def test_running_out_of_memory_is_answered_with_what_helps(told: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -20,10 +21,12 @@ from torch.multiprocessing.spawn import spawn
 from b3_lightning.cli import B3CLI, main
 from b3_lightning.data.collate import prepare
 from b3_lightning.data.pairs import Item
+from b3_lightning.mining import PATIENCE
 from b3_lightning.model import ContrastiveModule, LoadSettings, LoraSettings, SmallEmbedder
 from b3_lightning.model.embedder import load_embedder
 from b3_lightning.model.loss import LossSettings
 from b3_lightning.model.sharding import EqualPasses, FullyShardedStrategy, clip_gradients, shard, whole_weights
+from b3_lightning.trainer import wait_patiently
 from b3_lightning.types import ChunkSettings
 
 N_ROWS = 8
@@ -209,13 +212,15 @@ def test_what_cannot_be_cut_is_refused(
 
 
 @pytest.mark.parametrize(("strategy", "saves"), [("auto", True), ("fsdp2", False)])
-def test_a_run_that_fails_gathers_no_cut_weights(
+def test_a_run_that_fails_gathers_no_cut_weights_and_processes_wait_for_one_that_mines(
     strategy: str, saves: bool, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[bool] = []
+    waits: list[timedelta] = []
 
     def before_fit(cli: B3CLI) -> None:
         found.extend(vars(each)["save_on_exception"] for each in cli.trainer.checkpoint_callbacks)
+        waits.append(cli.trainer.strategy._timeout)  # type: ignore[attr-defined]
         sys.exit(0)
 
     monkeypatch.setattr(B3CLI, "before_fit", before_fit)
@@ -229,3 +234,10 @@ def test_a_run_that_fails_gathers_no_cut_weights(
         )  # fmt: skip
     assert any(found) == saves
     assert found
+    assert waits == [PATIENCE]
+
+
+def test_a_time_to_wait_that_was_set_stays() -> None:
+    own = DDPStrategy(timeout=timedelta(minutes=5))
+    wait_patiently(own)
+    assert own._timeout == timedelta(minutes=5)

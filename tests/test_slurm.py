@@ -14,9 +14,9 @@ import pytest
 from conftest import Run, losses
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from b3_lightning import cli
 from b3_lightning.callbacks.requeue import queue_again, where_to_begin
 from b3_lightning.model import ContrastiveModule
+from b3_lightning.terminal import show_log
 
 JOB = {
     "SLURM_JOB_ID": "71", "SLURM_JOB_NAME": "b3", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1",
@@ -114,7 +114,7 @@ def test_where_slurm_refuses_the_log_says_why(
 def test_only_the_first_process_tells_what_it_does_and_all_warn(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cli._show_log()
+    show_log()
     log = logging.getLogger("b3_lightning.data")
     for rank in (0, 1):
         monkeypatch.setattr(rank_zero_only, "rank", rank)

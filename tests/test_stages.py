@@ -10,7 +10,10 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +21,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from b3_lightning.data.teacher import encoder_fingerprint
+from b3_lightning.data.teacher import encoder_fingerprint, map_rows
 from b3_lightning.mining import MinedPlan, MiningSettings, Processes, Stages, fingerprint, mine, neighbors
 from b3_lightning.mining.stages import Stage
 from b3_lightning.model.embedder import LoadSettings, load_embedder
+from b3_lightning.types import Embeddings
 
 SETTINGS = MiningSettings(first_rank=1, n_ranks=6, cluster_size=4)
 
@@ -57,6 +61,8 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 sys.path.insert(0, sys.argv[3])
 import test_stages
 from b3_lightning.mining import neighbors
@@ -94,6 +100,8 @@ def test_a_killed_run_goes_on_and_computes_no_finished_tile_twice(tmp_path: Path
 SHARED = """
 import os, sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 sys.path.insert(0, sys.argv[2])
 import torch, torch.distributed as dist
 import test_stages
@@ -254,6 +262,7 @@ def test_an_encoder_s_fingerprint_follows_weights_lengths_and_image_settings(mod
         return encoder_fingerprint(load_embedder(models[name], LoadSettings(**load), None))  # type: ignore[arg-type]
 
     assert of("bert") == of("bert") != of("bert", max_seq_length=7)
+    assert of("bert") != of("bert", attn_implementation="eager")
     changed = load_embedder(models["bert"], LoadSettings(), None)
     with torch.no_grad():
         next(changed.parameters()).view(-1)[0] += 1e-3
@@ -262,3 +271,58 @@ def test_an_encoder_s_fingerprint_follows_weights_lengths_and_image_settings(mod
         of("qwen2_vl", pooling="lasttoken", min_pixels=4 * 784, max_pixels=n * 784) for n in (8, 16)
     ]  # fmt: skip
     assert pixels[0] != pixels[1]
+
+
+def test_the_vectors_of_all_rows_are_one_file_that_every_process_maps(tmp_path: Path) -> None:
+    item_UD = torch.from_numpy(vectors(5))
+    position_2N = torch.tensor([[4, 0, 0, 2], [1, 3, 2, 0]])
+    stage = Stages(tmp_path).stage("vectors", "f" * 16)
+    for part, vector_PD in enumerate(item_UD.split(3)):
+        stage.put(part, {"vector_UD": vector_PD})
+    found = map_rows(stage, 2, position_2N)
+    expected = Embeddings.from_arrays(item_UD[position_2N[0]], item_UD[position_2N[1]])
+    assert torch.equal(found.query_ND, expected.query_ND)
+    assert torch.equal(found.target_ND, expected.target_ND)
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("rows.npy")]
+    assert mapped, "a copy of its own costs every process the memory of all vectors"
+
+
+def test_rows_whose_vector_cannot_be_scaled_are_named(tmp_path: Path) -> None:
+    stage = Stages(tmp_path).stage("vectors", "f" * 16)
+    stage.put(0, {"vector_UD": torch.tensor([[1.0, 0.0], [0.0, 0.0]])})
+    with pytest.raises(ValueError, match=r"target vectors hold NaN, infinity or only zeros in row\(s\) 1, 2; embed"):
+        map_rows(stage, 1, torch.tensor([[0, 0, 0], [0, 1, 1]]))
+
+
+def test_a_model_s_fingerprint_holds_one_weight_whole_and_tells_dtypes_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    class Cut:
+        """Stands for a weight that lies in pieces on several processes."""
+
+        def __init__(self, weight: torch.Tensor) -> None:
+            self.weight = weight
+
+        def full_tensor(self) -> torch.Tensor:
+            assert not [one for one in made if one() is not None], "another weight is still whole"
+            whole = self.weight.clone()
+            made.append(weakref.ref(whole))
+            return whole
+
+    def of(weights: dict[str, Any]) -> str:
+        return encoder_fingerprint(
+            SimpleNamespace(named_modules=list, state_dict=lambda: weights, prompts={}, max_seq_length=None)
+        )
+
+    monkeypatch.setattr("b3_lightning.data.teacher.DTensor", Cut)
+    weights = {name: torch.zeros(4, 3) for name in "abc"}
+    assert of({name: Cut(weight) for name, weight in weights.items()}) == of(weights)
+    assert len(made) == 3
+    assert of({**weights, "a": torch.zeros(3, 4).T}) == of(weights), "strides are no content"
+    others = [
+        of({**weights, "a": torch.zeros(4, 3, dtype=torch.bfloat16)}),
+        of({**weights, "a": torch.zeros(3, 4)}),
+        of({**weights, "a": torch.ones(4, 3)}),
+        of({"b": weights["a"], "c": weights["b"], "d": weights["c"]}),
+    ]
+    assert len({of(weights), *others}) == 5

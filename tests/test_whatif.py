@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 
 from b3_lightning import MiningSettings, mine
 from b3_lightning.cli import main
+from b3_lightning.data.miner import PairMiner
+from b3_lightning.data.pairs import TeacherPrompts
+from b3_lightning.data.splits import Split
+from b3_lightning.data.teacher import Encoding
 from b3_lightning.mining.hardness import TEMPERATURE, mean_hardness
 from b3_lightning.mining.whatif import Figure, Questions, TaskAnswer, equal_random, what_if
 from b3_lightning.reports.whatif import advice
@@ -146,3 +155,55 @@ def test_the_command_line(tmp_path: Path, models: dict[str, str], capsys: pytest
     assert "mined batches of 16" in page
     figures = pq.read_table(tmp_path / "run" / "what_if" / "what_if.parquet").to_pylist()
     assert {(one["batches"], one["cluster_size"]) for one in figures} == {("random", -1), ("mined", 4), ("mined", 8)}
+
+
+def test_two_processes_share_the_encoding_and_the_first_answers_as_one_does(
+    tmp_path: Path, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pairs.csv").write_text("qry,pos_text\n" + "".join(f"question {i},answer {i}\n" for i in range(60)))
+    train = Split.read(str(tmp_path / "pairs.csv"), tmp_path, "header")
+    monkeypatch.setattr("b3_lightning.data.teacher.Encoding", partial(Encoding, part_items=20))  # 120 texts: 6 parts
+
+    def ask(n_processes: int) -> tuple[list[list[TaskAnswer] | None], list[int]]:
+        met, votes = threading.Barrier(n_processes, timeout=60), [True] * n_processes
+        n_encoded = [0] * n_processes
+
+        def vote(rank: int, value: bool) -> bool:
+            votes[rank] = value
+            met.wait()
+            agreed = all(votes)
+            met.wait()
+            return agreed
+
+        def load(rank: int, path: str, modalities: object) -> SentenceTransformer:
+            model = SentenceTransformer(path, device="cpu")
+            preprocess = model.preprocess
+
+            def counted(inputs: Any) -> Any:
+                n_encoded[rank] += len(inputs)
+                return preprocess(inputs)
+
+            model.preprocess = counted
+            return model
+
+        def work(rank: int) -> list[TaskAnswer] | None:
+            module = SimpleNamespace(load_teacher=partial(load, rank))
+            strategy = SimpleNamespace(reduce_boolean_decision=partial(vote, rank), root_device=torch.device("cpu"))
+            trainer: Any = SimpleNamespace(
+                global_rank=rank, world_size=n_processes, is_global_zero=rank == 0, progress_bar_callback=None,
+                precision="32-true", strategy=strategy, lightning_module=module,
+            )  # fmt: skip
+            cache = tmp_path / f"cache-{n_processes}"
+            miner = PairMiner(
+                train=train, trainer=trainer, teacher=models["bert"], teacher_prompts=TeacherPrompts(), mining=SETTINGS,
+                image_root=tmp_path, cache=cache, student_cache=cache, batch_size=16, eval_batch_size=8, num_workers=0,
+            )  # fmt: skip
+            return miner.what_if(Questions(batch_sizes=(16,), cluster_sizes=(4,), first_ranks=(0,)))
+
+        with ThreadPoolExecutor(n_processes) as pool:
+            return list(pool.map(work, range(n_processes))), n_encoded
+
+    (alone,), _ = ask(1)
+    (first, second), n_encoded = ask(2)
+    assert (first, second) == (alone, None)
+    assert n_encoded == [60, 60]

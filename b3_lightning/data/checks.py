@@ -25,9 +25,11 @@ def check_mining(mining: MiningSettings, pairs: PairTable, batch_size: int) -> N
     """Refuse settings with which these pairs cannot be mined.
 
     Raises:
-        ValueError: where batches are not made of whole clusters, the window does not fit, or a task is unknown.
+        ValueError: where batches are not made of whole clusters, the window does not fit, a setting is without effect,
+            or a task is unknown.
     """
     check_batch_size(batch_size, mining.cluster_size)
+    mining.check_used()
     mining.check_fits(len(pairs))
     mining.check_tasks(tuple(pairs.task_weights))
 

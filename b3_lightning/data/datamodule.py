@@ -14,13 +14,14 @@ from torch.utils.data import DataLoader
 
 from b3_lightning.data.checks import check_mining, check_plan, check_workers, refuse_other
 from b3_lightning.data.collate import PairCollator, PairDataset, move_batch
-from b3_lightning.data.handed import Handed
-from b3_lightning.data.images import ImageCheck, check_images
+from b3_lightning.data.handed import cache_folder, images_check
+from b3_lightning.data.images import ImageCheck
 from b3_lightning.data.miner import MiningRequest, NewPlan, PairMiner, processes_of
 from b3_lightning.data.mixture import Sources, choose, mining_of, place
-from b3_lightning.data.pairs import Modality, PairTable, count_negatives, load_pairs
+from b3_lightning.data.pairs import Modality, PairTable, TeacherPrompts, count_negatives, load_pairs
 from b3_lightning.data.sampler import EpochBatches, EpochLoader, count_steps, random_batches
 from b3_lightning.data.splits import Split
+from b3_lightning.data.teacher import check_prompts
 from b3_lightning.data.vectors import VECTOR_SUFFIXES, check_vectors
 from b3_lightning.mining import BatchPlan, MinedPlan, MiningSettings, Processes
 from b3_lightning.mining.store import sha256
@@ -45,6 +46,7 @@ class PairsDataModule(L.LightningDataModule):
         eval_batch_size: rows a process embeds at once without gradients.
         teacher: whose vectors rank negatives: folder or name of a SentenceTransformer, a file of vectors, or
             ``student``: the model in training, whose first epochs then run on random batches.
+        teacher_prompts: what a teacher that is a model reads before the texts; the sources' prompts where absent.
         plan: folder of a plan mined before; nothing is mined at the start then.
         mining: rank window, cluster size, algorithms.
         mined_frac: epoch -> the share of clusters that is kept from then on, the others' rows being dealt at random,
@@ -73,6 +75,7 @@ class PairsDataModule(L.LightningDataModule):
         batch_size: int = 64,
         eval_batch_size: int = 256,
         teacher: str = "student",
+        teacher_prompts: TeacherPrompts = TeacherPrompts(),  # noqa: B008 - frozen
         plan: str | None = None,
         mining: MiningSettings = MiningSettings(),  # noqa: B008 - frozen
         mined_frac: dict[int, float] | None = None,
@@ -93,7 +96,8 @@ class PairsDataModule(L.LightningDataModule):
         mixture = self.sources["train"] or []
         if mixture:
             self.sources["train"] = choose(mixture, tasks)
-        self.image_root = Path(image_root)
+        check_prompts(teacher, teacher_prompts)
+        self.image_root, self.teacher_prompts = Path(image_root), teacher_prompts
         self.batches, self.batch_size, self.eval_batch_size = batches, batch_size, eval_batch_size
         self.teacher, self.plan_folder, self.mining = teacher, plan, mining_of(mining, mixture, tasks)
         self.mined_frac, self.n_file_negatives, self.cache = mined_frac or {}, n_file_negatives, cache
@@ -105,9 +109,8 @@ class PairsDataModule(L.LightningDataModule):
         self.after_mining: list[Callable[[MinedPlan | None, MinedPlan, int, float], None]] = []
         self._batch_plan: BatchPlan | None = None
         self._splits: dict[str, Split] = {}
-        self._checked = False
+        self._checked, self._decided_epoch = False, -1
         self._in_use: dict[str, Any] = {}
-        self._decided_epoch = -1
         self._resume_from: dict[str, Any] | None = None
 
     # ---- pairs
@@ -126,9 +129,7 @@ class PairsDataModule(L.LightningDataModule):
             if sources is None:
                 raise ValueError(f"data.{name}_pairs is not set; give a pairs file, such as --data.{name}_pairs=FILE")
             n_negatives = self.n_file_negatives if name == "train" else 0
-            file = self._cache_folder() / f"images-{name}.json" if self.trainer is not None else None
-            handed = None if file is None else Handed.of(self._trainer(), file)
-            check = check_images if handed is None else handed.check_images
+            check = images_check(self.trainer, self.cache, name)
             self._splits[name] = Split.read(sources, self.image_root, self.image_check, check, n_negatives)
         if "train" in splits and not self._checked:
             self._check_training()
@@ -246,9 +247,6 @@ class PairsDataModule(L.LightningDataModule):
             "generator": torch.Generator().manual_seed(self.seed),
         }
 
-    def _cache_folder(self) -> Path:
-        return Path(self.cache) if self.cache is not None else Path(self._trainer().default_root_dir) / "cache"
-
     def _trainer(self) -> L.Trainer:
         assert self.trainer is not None
         return self.trainer
@@ -260,10 +258,8 @@ class PairsDataModule(L.LightningDataModule):
         if self._batch_plan is None:
             self._restore_plan()
         if self._batch_plan is None and self.batches == "b3" and self.plan_folder is not None:
-            sha = sha256(Path(self.plan_folder) / "plan.json")
-            self._use(
-                MinedPlan.load(self.plan_folder), epoch, folder=str(Path(self.plan_folder).resolve()), plan_sha256=sha
-            )
+            folder = Path(self.plan_folder).resolve()
+            self._use(MinedPlan.load(folder), epoch, folder=str(folder), plan_sha256=sha256(folder / "plan.json"))
         if self._batch_plan is None and self.batches == "b3" and self.teacher != "student":
             with self.ending_at_once():
                 plan = self.new_plan(epoch, MiningRequest("teacher"))
@@ -316,9 +312,10 @@ class PairsDataModule(L.LightningDataModule):
             train=self._splits["train"],
             trainer=trainer,
             teacher=self.teacher,
+            teacher_prompts=self.teacher_prompts,
             mining=self.mining,
             image_root=self.image_root,
-            cache=self._cache_folder(),
+            cache=cache_folder(trainer, self.cache),
             student_cache=Path(trainer.default_root_dir) / "plans" / "unfinished",
             batch_size=self.batch_size,
             eval_batch_size=self.eval_batch_size,
@@ -372,10 +369,9 @@ class PairsDataModule(L.LightningDataModule):
         state, self._resume_from = self._resume_from, None
         if state is None:
             return
-        self._decided_epoch = state["decided_epoch"]
-        if not state["plan"]:
+        self._decided_epoch, self._in_use = state["decided_epoch"], state["plan"]
+        if not self._in_use:
             return
-        self._in_use = state["plan"]
         folder = Path(self._trainer().default_root_dir) / "plans" / self._in_use["folder"]  # a folder given is absolute
         if not (folder / "plan.json").is_file():
             raise ValueError(

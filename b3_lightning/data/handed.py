@@ -18,7 +18,7 @@ from typing import Any
 import lightning as L
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
-from b3_lightning.data.images import ImageCheck, Seen, examine_images
+from b3_lightning.data.images import CheckImages, ImageCheck, Seen, check_images, examine_images
 from b3_lightning.mining.store import write_bytes
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Handed:
     def of(cls, trainer: L.Trainer, file: Path) -> Handed | None:
         """For a trainer that starts its processes itself, or that runs in one of those; None for any other."""
         environment = getattr(trainer.strategy, "cluster_environment", None)
-        if trainer.num_devices == 1 or not isinstance(environment, LightningEnvironment):
+        if not isinstance(environment, LightningEnvironment) or trainer.num_devices == 1:
             return None
         return cls(file, was_started=environment.creates_processes_externally)
 
@@ -70,3 +70,16 @@ class Handed:
         if found["about"] != about:
             return {}
         return {path: Seen(*one) for path, one in found["images"].items()}
+
+
+def cache_folder(trainer: L.Trainer, cache: str | None) -> Path:
+    """The folder that is set, or the one in the run's."""
+    return Path(cache) if cache is not None else Path(trainer.default_root_dir) / "cache"
+
+
+def images_check(trainer: L.Trainer | None, cache: str | None, split: str) -> CheckImages:
+    """How a split's images are checked: all of them, but where a process may hand over what it knows."""
+    if trainer is None:
+        return check_images
+    handed = Handed.of(trainer, cache_folder(trainer, cache) / f"images-{split}.json")
+    return check_images if handed is None else handed.check_images

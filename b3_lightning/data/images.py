@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
@@ -43,6 +43,10 @@ def load_image(path: str, image_root: Path, *, at_least: int | None = None) -> I
             white = Image.new("RGBA", rgba.size, "white")
             return Image.alpha_composite(white, rgba).convert("RGB")
         return image.convert("RGB")
+
+
+CheckImages = Callable[..., dict[str, str]]
+"""``check_images``, or what spares opening some."""
 
 
 class Seen(NamedTuple):

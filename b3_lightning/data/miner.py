@@ -6,7 +6,7 @@ import logging
 import shutil
 import time
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import lightning as L
 import torch
 
+from b3_lightning.data.pairs import TeacherPrompts
 from b3_lightning.data.splits import Split
 from b3_lightning.data.teacher import (
     PairEncoder,
@@ -69,6 +70,7 @@ class PairMiner:
     train: Split
     trainer: L.Trainer
     teacher: str
+    teacher_prompts: TeacherPrompts
     mining: MiningSettings
     image_root: Path
     cache: Path
@@ -175,7 +177,9 @@ class PairMiner:
         settings = self._settings(request)
         return fingerprint(
             student=student,
-            teacher=[self.teacher, request.teacher_weight] if "teacher" in weights else [],
+            teacher=[self.teacher, request.teacher_weight, asdict(self.teacher_prompts)]
+            if "teacher" in weights
+            else [],
             settings=repr(replace(settings, memory_budget_gib=1.0)),
             pairs=self.train.fingerprint,
         )
@@ -203,7 +207,7 @@ class PairMiner:
         module: Any = self.trainer.lightning_module
         weights = self._student_fingerprint  # taken before ``student_embed`` collects weights that a strategy cuts
         with student_embed(self.trainer) as embed:
-            student = self._encoder(stages, progress).encode(module.embedder, embed, weights)
+            student = self._encoder(self.train, stages, progress).encode(module.embedder, embed, weights)
         if whose == {"student"}:
             return student
         teacher = self._teacher_vectors(Stages(self.cache, self.processes), progress)
@@ -213,15 +217,16 @@ class PairMiner:
         if self.teacher.endswith(VECTOR_SUFFIXES):
             return check_vectors(self.teacher, len(self.train.pairs))
         module: Any = self.trainer.lightning_module
-        teacher = module.load_teacher(self.teacher)
+        rows = self.train.with_prompts(self.teacher_prompts)
+        teacher = module.load_teacher(self.teacher, rows.modalities())
         embed = teacher_embed(teacher, self.trainer.strategy.root_device)
-        return self._encoder(stages, progress).encode(teacher, embed, encoder_fingerprint(teacher))
+        return self._encoder(rows, stages, progress).encode(teacher, embed, encoder_fingerprint(teacher))
 
-    def _encoder(self, stages: Stages, progress: StageProgress) -> PairEncoder:
+    def _encoder(self, rows: Split, stages: Stages, progress: StageProgress) -> PairEncoder:
         return PairEncoder(
-            self.train.pairs,
+            rows.pairs,
             self.image_root,
-            contents=self.train.contents,
+            contents=rows.contents,
             precision=str(self.trainer.precision),
             batch_size=self.eval_batch_size,
             num_workers=self.num_workers,

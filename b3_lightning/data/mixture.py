@@ -83,6 +83,21 @@ def choose(sources: Sequence[PairSource], tasks: Sequence[str] | None) -> list[P
     return [source for source in sources if source.name in tasks]
 
 
+Prompts = dict[str, dict[str, list[str]]]
+"""Side (``query``, ``target``) -> every prompt that its texts carry, the empty one included -> the tasks with it."""
+
+
+def prompts_of(sources: Sequence[PairSource]) -> Prompts:
+    """What stands before the texts of each side, over all tasks."""
+    prompts: Prompts = {"query": {}, "target": {}}
+    for source in sources:
+        for side, prompt in (("query", source.query_prompt), ("target", source.target_prompt)):
+            tasks = prompts[side].setdefault(prompt, [])
+            if source.name not in tasks:
+                tasks.append(source.name)
+    return prompts
+
+
 def mining_of(mining: MiningSettings, sources: Sequence[PairSource], tasks: Sequence[str] | None) -> MiningSettings:
     """The settings with those that sources bring for their tasks; ``per_task`` itself goes before them.
 

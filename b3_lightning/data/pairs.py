@@ -65,6 +65,19 @@ class PairSource:
         return self.task or Path(self.path).stem
 
 
+@dataclass(frozen=True)
+class TeacherPrompts:
+    """What a teacher reads before the texts, instead of the sources' prompts.
+
+    Args:
+        query: before every query's text, such as ``query: ``; the prompts of the sources where absent.
+        target: the same for targets, such as ``passage: ``.
+    """
+
+    query: str | None = None
+    target: str | None = None
+
+
 class Item(NamedTuple):
     """One side of a pair; the empty string stands for what is absent. ``image`` is relative to the image root."""
 
@@ -86,7 +99,11 @@ def modality_of(item: Item) -> Modality:
 class PairTable:
     """All pairs of a run, row ids being positions in the order of the sources.
 
-    ``negatives`` are those of the files, or the first few of a row's; ``n_negatives`` says how many each row has there.
+    Args:
+        columns: texts begin with their prompts.
+        negatives: those of the files, or the first few of a row's.
+        n_negatives: how many each row has in the files.
+        prompts: every row's, by side.
     """
 
     def __init__(
@@ -96,9 +113,10 @@ class PairTable:
         task_weights: dict[str, float],
         negatives: list[list[Item]],
         n_negatives: list[int],
+        prompts: dict[str, list[str]],
     ) -> None:
         self.columns, self.tasks, self.task_weights = columns, tasks, task_weights
-        self.negatives, self.n_negatives = negatives, n_negatives
+        self.negatives, self.n_negatives, self.prompts = negatives, n_negatives, prompts
         self._items: dict[str, list[Item]] = {}
 
     def __len__(self) -> int:
@@ -110,6 +128,17 @@ class PairTable:
             text, image = TEXT_AND_IMAGE[side]
             self._items[side] = [Item(*both) for both in zip(self.columns[text], self.columns[image], strict=True)]
         return self._items[side]
+
+    def with_prompts(self, given: TeacherPrompts) -> PairTable:
+        """The same rows with other prompts before the texts of queries and targets."""
+        columns, prompts = dict(self.columns), dict(self.prompts)
+        for side, prompt in (("query", given.query), ("target", given.target)):
+            if prompt is not None:
+                column, _ = TEXT_AND_IMAGE[side]
+                rows = zip(self.columns[column], self.prompts[side], strict=True)
+                columns[column] = [prompt + text.removeprefix(own) for text, own in rows]
+                prompts[side] = [prompt] * len(self)
+        return PairTable(columns, self.tasks, self.task_weights, self.negatives, self.n_negatives, prompts)
 
     @property
     def groups(self) -> list[str | None] | None:
@@ -153,6 +182,7 @@ def load_pairs(sources: str | PairSource | Sequence[str | PairSource], n_negativ
     tasks: list[str] = []
     negatives: list[list[Item]] = []
     counts: list[int] = []
+    prompts: dict[str, list[str]] = {side: [] for side in TEXT_AND_IMAGE}
     weights: dict[str, float] = {}
     for entry in given:
         source = PairSource(entry) if isinstance(entry, str) else entry
@@ -167,7 +197,9 @@ def load_pairs(sources: str | PairSource | Sequence[str | PairSource], n_negativ
         for name in COLUMNS:
             columns[name] += read[name]
         tasks += [task] * len(read["qry"])
-    return PairTable(columns, tasks, weights, negatives, counts)
+        prompts["query"] += [source.query_prompt] * len(read["qry"])
+        prompts["target"] += [source.target_prompt] * len(read["qry"])
+    return PairTable(columns, tasks, weights, negatives, counts, prompts)
 
 
 def _without_image_tokens(table: pa.Table, source: PairSource) -> pa.Table:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from b3_lightning.data.images import ImageCheck, check_images
-from b3_lightning.data.pairs import TEXT_AND_IMAGE, Item, Modality, PairSource, PairTable, load_pairs, modality_of
+from b3_lightning.data.images import CheckImages, ImageCheck, check_images
+from b3_lightning.data.pairs import (
+    TEXT_AND_IMAGE,
+    Item,
+    Modality,
+    PairSource,
+    PairTable,
+    TeacherPrompts,
+    load_pairs,
+    modality_of,
+)
 from b3_lightning.mining import fingerprint
 
 Content = tuple[str, str]
@@ -36,7 +45,7 @@ class Split:
         sources: str | PairSource | Sequence[str | PairSource],
         image_root: Path,
         image_check: ImageCheck,
-        check: Callable[..., dict[str, str]] = check_images,
+        check: CheckImages = check_images,
         n_negatives: int | None = None,
     ) -> Split:
         """Read and check files, columns and images.
@@ -57,6 +66,15 @@ class Split:
         negatives = [[_content(item, digests) for item in items] for items in pairs.negatives]
         negative_keys = [[_code(content, codes["target"]) for content in listed] for listed in negatives]
         return cls(pairs, keys, contents, negatives, negative_keys)
+
+    def with_prompts(self, given: TeacherPrompts) -> Split:
+        """The same rows as another model reads them; what is the same as what is still told by the rows' own texts."""
+        pairs = self.pairs.with_prompts(given)
+        contents = {
+            side: [(item.text, digest) for item, (_, digest) in zip(pairs.items(side), own, strict=True)]
+            for side, own in self.contents.items()
+        }
+        return replace(self, pairs=pairs, contents=contents)
 
     def modalities(self, n_file_negatives: int = 0) -> set[Modality]:
         """What the pairs hold: text, images, both in one item; the first few negatives of every row included."""

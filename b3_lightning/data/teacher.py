@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
@@ -17,11 +18,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from b3_lightning.data.collate import Features, ItemCollator, PairDataset, Preprocess
-from b3_lightning.data.pairs import Item, PairTable
+from b3_lightning.data.pairs import Item, PairTable, TeacherPrompts
+from b3_lightning.data.vectors import VECTOR_SUFFIXES, load_vectors
 from b3_lightning.mining import Progress, fingerprint
 from b3_lightning.mining.stages import Stage, Stages
-from b3_lightning.mining.store import sha256
-from b3_lightning.types import Embeddings
+from b3_lightning.mining.store import sha256, write_atomic
+from b3_lightning.types import Embeddings, round_to_grid_
 
 PART_ITEMS = 4096
 """Items a part of the encoding: what a killed run may lose."""
@@ -61,10 +63,13 @@ class PairEncoder:
         items = {side: self.pairs.items(side) for side in ("query", "target")}
         distinct = sorted(set(items["query"]) | set(items["target"]), key=lambda item: (-len(item.text), item))
         how = Encoding(self.image_root, self.batch_size, self.num_workers, progress=self.progress)
-        vector_UD = encode_items(stage, distinct, model.preprocess, embed, how)
         position = {item: index for index, item in enumerate(distinct)}
-        query, target = (vector_UD[[position[item] for item in items[side]]] for side in ("query", "target"))
-        return Embeddings.from_arrays(query, target)
+        position_2N = torch.tensor([[position[item] for item in items[side]] for side in ("query", "target")])
+        n_parts = encode_parts(stage, distinct, model.preprocess, embed, how)
+        if stage.folder is None:
+            vector_2ND = join_parts(stage, n_parts)[position_2N]
+            return Embeddings.from_arrays(vector_2ND[0], vector_2ND[1])
+        return map_rows(stage, n_parts, position_2N)
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,11 @@ def encode_items(stage: Stage, items: list[Item], preprocess: Preprocess, embed:
 
     Every process of the stage encodes its share and returns all.
     """
+    return join_parts(stage, encode_parts(stage, items, preprocess, embed, how))
+
+
+def encode_parts(stage: Stage, items: list[Item], preprocess: Preprocess, embed: Embed, how: Encoding) -> int:
+    """Encode this process's share of the items into the stage; how many parts all of them make."""
     n_parts = math.ceil(len(items) / how.part_items)
     batches = _batches_of_parts(stage.missing(n_parts), len(items), how)
     loader = DataLoader(
@@ -109,7 +119,50 @@ def encode_items(stage: Stage, items: list[Item], preprocess: Preprocess, embed:
         if (last + 1) % how.part_items == 0 or last + 1 == len(items):
             stage.put(last // how.part_items, {"vector_UD": torch.cat(vectors)})
             vectors = []
+    return n_parts
+
+
+def join_parts(stage: Stage, n_parts: int) -> Tensor:
+    """(U, D) the vectors of all parts."""
     return torch.cat([part["vector_UD"] for part in stage.collect(n_parts)])
+
+
+def map_rows(stage: Stage, n_parts: int, position_2N: Tensor) -> Embeddings:
+    """The vectors of every row's query and target, in one file beside the parts that all processes map.
+
+    So a machine holds them once, however many processes it runs, and can drop what is not read just then. The first
+    process writes the file anew each time, since only the parts have checksums.
+
+    Args:
+        position_2N: where in the parts the queries' and the targets' vectors lie.
+    """
+    assert stage.folder is not None
+    path = stage.folder / "rows.npy"
+    if stage.processes.rank == 0:
+        write_atomic(path, lambda temporary: _write_rows(temporary, stage.collect(n_parts), position_2N))
+    else:
+        stage.processes.barrier()  # that of ``collect``
+    stage.processes.barrier()
+    return load_vectors(path)
+
+
+def _write_rows(path: Path, parts: Iterator[dict[str, Tensor]], position_2N: Tensor) -> None:
+    """Write (2, N, D) unit vectors, a part at a time; what cannot be scaled becomes NaN, which is refused when read."""
+    sorted_2N, row_2N = (tensor.numpy() for tensor in position_2N.sort(dim=1))
+    rows: Any = None
+    begin = 0
+    for part in parts:
+        vector_PD = part["vector_UD"]
+        unit_PD = round_to_grid_(vector_PD / vector_PD.norm(dim=1, keepdim=True)).numpy()
+        if rows is None:
+            shape = (*position_2N.shape, vector_PD.shape[1])
+            rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        end = begin + len(vector_PD)
+        for side in (0, 1):
+            first, last = np.searchsorted(sorted_2N[side], [begin, end])
+            rows[side, row_2N[side, first:last]] = unit_PD[sorted_2N[side, first:last] - begin]
+        begin = end
+    rows.flush()
 
 
 def _batches_of_parts(parts: list[int], n_items: int, how: Encoding) -> list[list[int]]:
@@ -125,10 +178,13 @@ def _batches_of_parts(parts: list[int], n_items: int, how: Encoding) -> list[lis
 def encoder_fingerprint(model: Any) -> str:
     """SHA-256 of all that decides a SentenceTransformer's vectors: weights, modules, tokenizers, image settings.
 
-    Where the weights are cut over the processes, every process must call it.
+    Weights count with their dtype and wherever they lie; one at a time is held whole. Where they are cut over the
+    processes, every process must call it.
     """
     files: dict[str, str] = {}
+    attention = set()
     for name, module in model.named_modules():
+        attention.add(str(getattr(getattr(module, "config", None), "_attn_implementation", "")))
         for kind in ("tokenizer", "processor"):
             tool: Any = getattr(module, kind, None)
             if hasattr(tool, "save_pretrained"):
@@ -138,12 +194,19 @@ def encoder_fingerprint(model: Any) -> str:
                         files[f"{name}.{kind}/{path.relative_to(folder)}"] = sha256(path)
             elif hasattr(tool, "to_str"):
                 files[f"{name}.{kind}"] = tool.to_str()
-    weights = {
-        f"weight {name}": tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        for name, tensor in model.state_dict().items()
+    weights = {name: fingerprint(weight=_whole(weight)) for name, weight in model.state_dict().items()}
+    about = {
+        "modules": str(model),
+        "attention": sorted(attention),
+        "files": files,
+        "prompts": model.prompts,
+        "length": str(model.max_seq_length),
     }
-    about = {"modules": str(model), "files": files, "prompts": model.prompts, "length": str(model.max_seq_length)}
-    return fingerprint(about=about, **weights)
+    return fingerprint(about=about, weights=weights)
+
+
+def _whole(weight: Tensor) -> Tensor:
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def teacher_embed(teacher: Any, device: torch.device) -> Embed:
@@ -177,3 +240,12 @@ def student_embed(trainer: Any) -> Iterator[Embed]:
             yield embed
     finally:
         module.train(was_training)
+
+
+def check_prompts(teacher: str, given: TeacherPrompts) -> None:
+    """Refuse prompts for a teacher that reads no texts, or that is the student and has its own."""
+    if given != TeacherPrompts() and (teacher == "student" or teacher.endswith(VECTOR_SUFFIXES)):
+        raise ValueError(
+            f"data.teacher_prompts are without effect where data.teacher={teacher}: leave them out, or name a model. "
+            "The student's are query_prompt and target_prompt of the sources"
+        )

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from b3_lightning.data.teacher import Embed, Encoding, encode_items, encoder_fingerprint, teacher_embed
 from b3_lightning.evaluation.sets import EvalSet
-from b3_lightning.mining import Processes, Progress, Stages, fingerprint
+from b3_lightning.mining import PATIENCE, Processes, Progress, Stages, fingerprint
 from b3_lightning.model.embedder import LoadSettings, check_supports, load_embedder
 from b3_lightning.model.fused import FusedEmbedder
 
@@ -54,15 +53,19 @@ class EvalModel:
         if path.startswith((".", "/", "~")) and not Path(path).is_dir():
             raise FileNotFoundError(f"--model {path} is no folder (looked from {Path.cwd()})")
         embedder: Any = load_embedder(path, load, None)
-        if embedder.default_prompt_name is not None:
-            log.warning(
-                "%s puts its prompt %r before texts by default; here only --query-prompt and --target-prompt are used",
-                path,
-                embedder.prompts[embedder.default_prompt_name],
-            )
         if fuse and not embedder.supports(_BOTH):
             embedder = FusedEmbedder(embedder)
         return cls(path, embedder, teacher_embed(embedder, device), encoder_fingerprint(embedder))
+
+    def tell_unused_prompts(self) -> None:
+        """Warn of prompts that the model holds, since sets are encoded with those asked for alone."""
+        own = {name: prompt for name, prompt in self.embedder.prompts.items() if prompt}
+        if own:
+            log.warning(
+                "%s holds the prompts %s; here only --query_prompt and --target_prompt are put before texts",
+                self.name,
+                own,
+            )
 
     def takes(self, eval_set: EvalSet) -> None:
         """Refuse a set with items that the model cannot take."""
@@ -119,7 +122,7 @@ def joined_processes() -> Iterator[Processes]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Processes()
         return
-    dist.init_process_group("gloo", timeout=timedelta(days=1))
+    dist.init_process_group("gloo", timeout=PATIENCE)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), _all_true)
     finally:

@@ -81,7 +81,7 @@ class ItemTable:
         try:
             digests = check_images(paths, settings.root, how=settings.image_check)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}\ngive their folder: --image-root DIR") from error
+            raise ValueError(f"{where}: {error}\ngive their folder: --image_root DIR") from error
         content = {item: (item.text, digests[item.image] if item.image else "") for item in listed}
         first = {of: item for item, of in reversed(content.items())}
         self.items = sorted(first.values(), key=lambda item: (-len(item.text), item))

@@ -7,6 +7,7 @@ from b3_lightning.mining.pipeline import help_mine as help_mine
 from b3_lightning.mining.pipeline import mine as mine
 from b3_lightning.mining.plan import MinedPlan as MinedPlan
 from b3_lightning.mining.settings import MiningSettings as MiningSettings
+from b3_lightning.mining.stages import PATIENCE as PATIENCE
 from b3_lightning.mining.stages import PeerError as PeerError
 from b3_lightning.mining.stages import Processes as Processes
 from b3_lightning.mining.stages import Stages as Stages

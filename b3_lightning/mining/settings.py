@@ -31,6 +31,17 @@ _LEAST = {
     "n_negatives": 0,
     "seed": 0,
 }
+_IDLE_WITH: dict[str, tuple[str, tuple[object, ...]]] = {
+    "min_recall": ("neighbors", ("exact",)),
+    "label_share": ("ranked", ("rows",)),
+    "resolution": ("communities", ("metis", "kaminpar", "none")),
+    "cut": ("communities", ("metis", "kaminpar", "none")),
+    "threshold": ("backend", ("cpu",)),
+    "max_level": ("backend", ("cpu",)),
+    "negatives_of": ("n_negatives", (0,)),
+    "random_negatives": ("n_negatives", (0,)),
+}
+"""A setting -> another and its values, with which nothing reads the first."""
 _CHOICES = {
     "ranked": get_args(Ranked),
     "edges": get_args(EdgeKind),
@@ -152,6 +163,18 @@ class MiningSettings:
         if unknown:
             raise ValueError(f"per_task.{task} sets {', '.join(unknown)}; a task can have its own {', '.join(allowed)}")
         return replace(self, per_task={}, **own)
+
+    def check_used(self) -> None:
+        """Refuse a setting that was changed and that nothing reads, with any task's own values."""
+        of_tasks = [self, *(self.of_task(task) for task in self.per_task)]
+        for setting in fields(self):
+            other, idle = _IDLE_WITH.get(setting.name, ("", ()))
+            value = getattr(self, setting.name)
+            if value != setting.default and idle and all(getattr(own, other) in idle for own in of_tasks):
+                raise ValueError(
+                    f"data.mining.{setting.name}={value} is without effect with data.mining.{other}="
+                    f"{getattr(self, other)}: change that, or leave {setting.name} at {setting.default}"
+                )
 
     def check_tasks(self, names: tuple[str, ...]) -> None:
         """Refuse values for tasks that do not exist."""

@@ -15,6 +15,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from torch import Tensor
 from b3_lightning.mining.store import write_bytes
 
 log = logging.getLogger(__name__)
+
+PATIENCE = timedelta(days=1)
+"""How long a process waits for others; torch's half hour is shorter than one of them may mine alone."""
 
 Tensors = dict[str, Tensor]
 _PART_FORMAT = "1"

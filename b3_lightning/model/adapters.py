@@ -27,7 +27,7 @@ def keep_in_float32(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def complete_adapter(model: Any, path: str) -> None:
+def complete_adapter(model: Any, path: str, revision: str | None = None) -> None:
     """Give the adapter in ``model`` the weights of the file that it was read from, under whatever names.
 
     Nothing happens to a model without an adapter. Layers are told by what follows ``layers.3`` in their names, since
@@ -38,7 +38,7 @@ def complete_adapter(model: Any, path: str) -> None:
     """
     keep_in_float32(model)  # before the file's weights are copied, which would be rounded
     places = {_key(name): weight for name, weight in model.named_parameters() if _is_of_adapter(name)}
-    file = _adapter_file(path) if places else None
+    file = _adapter_file(path, revision) if places else None
     if file is None:
         return
     saved = {_key(name): weight for name, weight in load_file(file).items() if _is_of_adapter(name)}
@@ -63,8 +63,10 @@ def _key(name: str) -> str:
     return prefix + re.sub(r"\.default|\.weight", "", found[0] if found else name)
 
 
-def _adapter_file(path: str) -> Path | None:
+def _adapter_file(path: str, revision: str | None) -> Path | None:
     from transformers.utils import cached_file
 
-    found = cached_file(path, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False)
+    found = cached_file(
+        path, "adapter_model.safetensors", revision=revision, _raise_exceptions_for_missing_entries=False
+    )
     return None if found is None else Path(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,6 +99,10 @@ class LoadSettings:
         chat_template: a Jinja template instead of the model's own, for what stands around texts and images; the
             VLM2Vec and B3 models were trained on the bare text with the image's token before it.
         gradient_checkpointing: trade compute for memory.
+        trust_remote_code: run Python code that the model's repository brings, for architectures that transformers does
+            not know. It may do anything that you may do: read it first, and pin what you read by ``revision``.
+        revision: branch, tag or commit of the repository on the hub; its main branch where absent.
+        attn_implementation: such as ``eager``, ``sdpa`` or ``flash_attention_2``; transformers' choice where absent.
     """
 
     pooling: Literal["lasttoken", "mean", "cls"] | None = None
@@ -108,10 +112,23 @@ class LoadSettings:
     dtype: str | None = None
     chat_template: str | None = None
     gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+    revision: str | None = None
+    attn_implementation: str | None = None
 
     def __post_init__(self) -> None:
         if (self.min_pixels is None) != (self.max_pixels is None):
             raise ValueError(f"min_pixels={self.min_pixels} and max_pixels={self.max_pixels}: give both or neither")
+
+    def for_teacher(self, *, same_model: bool, precision: str) -> LoadSettings:
+        """How a teacher is loaded where nothing else is said.
+
+        Trust and revision are of one repository, so another model does not inherit them. A teacher only encodes:
+        weights that are kept in float32 to be trained may be bfloat16 where the trainer computes in it.
+        """
+        own = self if same_model else replace(self, trust_remote_code=False, revision=None)
+        computes_in_bfloat16 = precision in ("bf16-mixed", "bf16-true")
+        return replace(own, dtype="bfloat16") if own.dtype is None and computes_in_bfloat16 else own
 
 
 @dataclass(frozen=True)
@@ -132,24 +149,8 @@ class LoraSettings:
 
 def load_embedder(path: str, load: LoadSettings, lora: LoraSettings | None) -> SentenceTransformer:
     """Load from a folder or a hub name, with unit-norm embeddings and, where asked for, a LoRA adapter."""
-    model_kwargs: dict[str, Any] = {"dtype": load.dtype or "float32"}
-    # Qwen2-VL's processor calls the fewest and most pixels of an image its shortest and longest edge
-    size = {"shortest_edge": load.min_pixels, "longest_edge": load.max_pixels}
-    pixels = {"size": size} if load.min_pixels is not None else {}
-    try:
-        if load.pooling is None:
-            model = SentenceTransformer(path, device="cpu", model_kwargs=model_kwargs, processor_kwargs=pixels)
-        else:
-            transformer = Transformer(path, model_kwargs=model_kwargs, processor_kwargs=pixels)
-            pooling = Pooling(transformer.get_embedding_dimension(), load.pooling)
-            model = SentenceTransformer(modules=[transformer, pooling], device="cpu")
-    except OSError as error:
-        raise OSError(
-            f"no model {path!r}: no folder here (looked from {Path.cwd()}), and not found on the Hugging Face hub or "
-            "in its cache. Check name and network (HF_HUB_OFFLINE); a private model needs `hf auth login`. It said: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
-    complete_adapter(model, path)
+    model = _load(path, load)
+    complete_adapter(model, path, load.revision)
     if not isinstance(model[-1], Normalize):
         model.append(Normalize())
     if load.min_pixels is not None:
@@ -164,6 +165,38 @@ def load_embedder(path: str, load: LoadSettings, lora: LoraSettings | None) -> S
     if load.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def _load(path: str, load: LoadSettings) -> SentenceTransformer:
+    hub: dict[str, Any] = {"trust_remote_code": load.trust_remote_code, "revision": load.revision}
+    weights: dict[str, Any] = {"dtype": load.dtype or "float32"}
+    if load.attn_implementation is not None:
+        weights["attn_implementation"] = load.attn_implementation
+    # Qwen2-VL's processor calls the fewest and most pixels of an image its shortest and longest edge
+    size = {"shortest_edge": load.min_pixels, "longest_edge": load.max_pixels}
+    pixels = {"size": size} if load.min_pixels is not None else {}
+    at = "" if load.revision is None else f" at revision {load.revision!r}"
+    try:
+        if load.pooling is None:
+            return SentenceTransformer(path, device="cpu", model_kwargs=weights, processor_kwargs=pixels, **hub)
+        transformer = Transformer(
+            path, model_kwargs=hub | weights, processor_kwargs=hub | pixels, config_kwargs=dict(hub)
+        )
+        pooling = Pooling(transformer.get_embedding_dimension(), load.pooling)
+        return SentenceTransformer(modules=[transformer, pooling], device="cpu")
+    except OSError as error:
+        raise OSError(
+            f"no model {path!r}{at}: no folder here (looked from {Path.cwd()}), and not found on the Hugging Face hub "
+            "or in its cache. Check name and network (HF_HUB_OFFLINE); a private model needs `hf auth login`. It said: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    except (ValueError, ImportError) as error:
+        if load.attn_implementation is None and "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{path} does not load with trust_remote_code={load.trust_remote_code} and attn_implementation="
+            f"{load.attn_implementation} of model.load: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _set_template(model: SentenceTransformer, template: str, path: str) -> None:

@@ -51,6 +51,11 @@ class LossSettings:
                 f"temperature={self.temperature} must be above 0 and temperature_range={self.temperature_range} "
                 "positive and rising"
             )
+        if self.learn_temperature == "no" and self.temperature_range != LossSettings.temperature_range:
+            raise ValueError(
+                f"model.loss.temperature_range={self.temperature_range} is without effect with learn_temperature=no: "
+                "set that to global or per_task, or leave temperature_range out"
+            )
         if self.learn_temperature != "no" and not low <= self.temperature <= high:
             raise ValueError(f"temperature={self.temperature} lies outside temperature_range={self.temperature_range}")
         if self.hardness < 0 or (self.mask_margin is not None and self.mask_margin < 0):

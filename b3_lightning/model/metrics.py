@@ -2,12 +2,12 @@
 
 torchmetrics' own retrieval metrics count a relevant item with a negative score as missed; cosines are often negative.
 
-Shapes: N = pairs, U = unique targets, Q = queries (of a tile), D = dimensions, S = draws of a tile.
+Shapes: N = pairs, U = unique targets, Q = queries of a tile, D = dimensions.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from torchmetrics import Metric
 
 TOP_K = (1, 5, 10)
 _TILE = 1024
-_DRAWN_AT_ONCE = 2**22
 
 
 def positive_ranks(query_ND: Tensor, target_ND: Tensor, query_key_N: Tensor, target_key_N: Tensor) -> Tensor:
@@ -97,33 +96,6 @@ def query_metrics(rank_N: Tensor) -> dict[str, Tensor]:
     values["mrr"] = 1 / (rank_N + 1)
     values["ndcg@10"] = torch.where(rank_N < 10, 1 / torch.log2(rank_N + 2), 0.0)
     return values
-
-
-class PairedDifference(NamedTuple):
-    """The mean of ``a - b`` and the ends of its 95% interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def paired_bootstrap(a_Q: Tensor, b_Q: Tensor, *, n_draws: int, generator: torch.Generator) -> PairedDifference:
-    """How sure a difference is: both arms answer the same queries, which are drawn again with replacement.
-
-    Args:
-        a_Q: (Q,) a value of each query, such as its reciprocal rank.
-        b_Q: (Q,) the other arm's, in the same order.
-        n_draws: of the bootstrap; 2,000 give the ends to about 2% of the interval.
-    """
-    if a_Q.shape != b_Q.shape or a_Q.ndim != 1 or len(a_Q) == 0:
-        raise ValueError(f"values of {tuple(a_Q.shape)} and {tuple(b_Q.shape)}; both need (queries,), the same ones")
-    difference_Q = a_Q.double() - b_Q.double()
-    tile, means = max(1, _DRAWN_AT_ONCE // len(difference_Q)), []
-    for start in range(0, n_draws, tile):
-        shape = (min(tile, n_draws - start), len(difference_Q))
-        means.append(difference_Q[torch.randint(len(difference_Q), shape, generator=generator)].mean(dim=1))
-    ends = torch.cat(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-    return PairedDifference(float(difference_Q.mean()), float(ends[0]), float(ends[1]))
 
 
 def _as_one(state: list[Tensor] | Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from b3_lightning.checkpoints import check_weights
 from b3_lightning.model.contrast import contrast_batch
 from b3_lightning.model.distributed import average_gradients, world_size
 from b3_lightning.model.embedder import (
@@ -84,19 +85,21 @@ class ContrastiveModule(L.LightningModule):
 
     Args:
         embedder: folder or name of a SentenceTransformer or transformers model, or a small architecture to build.
+            Not needed where nothing but a teacher is asked.
         load: how a folder or name is loaded.
         lora: train an adapter instead of all weights.
         loss: temperature, masks, directions, widths.
         optim: optimiser and schedule.
         chunks: embed the batch in chunks and keep no activations (GradCache): any batch size in the memory of a chunk,
             for a second forward pass. Only the chunk at hand is on the device.
-        teacher_load: how a teacher is loaded; as the student where absent.
+        teacher_load: how a teacher is loaded. Where absent, as the student, but not with its trust and revision, and
+            in bfloat16 where the trainer computes in it and ``load`` names no dtype.
         fuse_teacher: a teacher that takes texts and images, but not both in one item (CLIP), gets the sum of the two.
     """
 
     def __init__(
         self,
-        embedder: str | SmallEmbedder,
+        embedder: str | SmallEmbedder | None = None,
         load: LoadSettings = LoadSettings(),  # noqa: B008 - frozen
         lora: LoraSettings | None = None,
         loss: LossSettings = LossSettings(),  # noqa: B008 - frozen
@@ -108,7 +111,7 @@ class ContrastiveModule(L.LightningModule):
         super().__init__()
         self.source, self.load, self.lora = embedder, load, lora
         self.loss, self.optim, self.chunks = loss, optim, chunks
-        self.teacher_load, self.fuse_teacher = teacher_load or load, fuse_teacher
+        self.teacher_load, self.fuse_teacher = teacher_load, fuse_teacher
         self.temperature = Temperature(loss)
         self.metrics = RetrievalMetrics()
         self._cache: GradCache | None = None
@@ -128,6 +131,8 @@ class ContrastiveModule(L.LightningModule):
         check_strategy(strategy)
         if isinstance(strategy, FullyShardedStrategy):
             self._check_shardable()
+        if self.source is None:
+            raise ValueError("model.embedder is not set: name a model's folder or hub name, or a small architecture")
         if isinstance(self.source, SmallEmbedder):
             texts = self.trainer.datamodule.train_texts()  # type: ignore[attr-defined]
             self._lacks_vocabulary = texts is None
@@ -135,7 +140,7 @@ class ContrastiveModule(L.LightningModule):
         else:
             self.model = load_embedder(self.source, self.load, self.lora)
         name = self.source if isinstance(self.source, str) else type(self.source).__name__
-        check_supports(self.model, f"model.embedder={name}", self._modalities())
+        check_supports(self.model, f"model.embedder={name}", self.trainer.datamodule.modalities())  # type: ignore[attr-defined]
         self.model.train()  # what is loaded comes in evaluation mode: without dropout, with frozen batch statistics
         if self.loss.learn_temperature == "per_task":
             self.temperature = Temperature(self.loss, self.trainer.datamodule.n_tasks)  # type: ignore[attr-defined]
@@ -171,15 +176,15 @@ class ContrastiveModule(L.LightningModule):
         model.load_state_dict(own)
         return model
 
-    def load_teacher(self, path: str) -> SentenceTransformer | FusedEmbedder:
-        """Load another model, without an adapter to be trained and without checkpointing."""
-        loaded = load_embedder(path, replace(self.teacher_load, gradient_checkpointing=False), None)
+    def load_teacher(self, path: str, modalities: set[Any]) -> SentenceTransformer | FusedEmbedder:
+        """Load another model for items of these kinds, without an adapter to be trained and without checkpointing."""
+        load = self.teacher_load or self.load.for_teacher(
+            same_model=path == self.source, precision=str(self.trainer.precision)
+        )
+        loaded = load_embedder(path, replace(load, gradient_checkpointing=False), None)
         teacher = FusedEmbedder(loaded) if self.fuse_teacher else loaded
-        check_supports(teacher, f"data.teacher={path}", self._modalities())
+        check_supports(teacher, f"data.teacher={path}", modalities)
         return teacher
-
-    def _modalities(self) -> set[Any]:
-        return self.trainer.datamodule.modalities()  # type: ignore[attr-defined, no-any-return]
 
     def preprocess(self, inputs: Any) -> dict[str, Any]:
         """Texts, images or dicts of both -> the embedder's features; for the loader's workers."""
@@ -366,6 +371,7 @@ class ContrastiveModule(L.LightningModule):
             # subwords were learned from the training texts; those of the checkpoint count, whatever pairs are given now
             self._lacks_vocabulary = False
             self.model = self.source.assemble(Tokenizer.from_str(vocabulary)).to(self.device).train()
+        check_weights(state, self.state_dict())
 
     @torch.no_grad()
     def sync_buffers(self) -> None:

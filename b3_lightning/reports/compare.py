@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from b3_lightning.model.metrics import PairedDifference, paired_bootstrap, query_metrics
+from b3_lightning.evaluation.bootstrap import PairedDifference, paired_bootstrap
+from b3_lightning.model.metrics import query_metrics
 from b3_lightning.reports.runs import Run, load_runs, read_csv_run
 
 SHOWN = ("val/hit@1", "val/hit@5", "val/hit@10", "val/mrr", "val/ndcg@10", "val/loss")
 COMPARED = ("hit@1", "mrr")
-N_DRAWS = 2000
 _MOST_COLUMNS = 6
 """More runs than these stand one below the other."""
 
@@ -79,11 +79,9 @@ def significance(first: Run, other: Run) -> Significance:
         return Significance(other.name, {}, 0, f"{first.name} and {other.name} were validated on different pairs")
     ours, theirs = query_metrics(other.ranks.rank_N), query_metrics(first.ranks.rank_N)
     differences = {
-        name: paired_bootstrap(
-            ours[name], theirs[name], n_draws=N_DRAWS, generator=torch.Generator().manual_seed(0)
-        )
+        name: paired_bootstrap(ours[name], theirs[name], generator=torch.Generator().manual_seed(0))
         for name in COMPARED
-    }  # fmt: skip
+    }
     return Significance(other.name, differences, len(other.ranks.rank_N))
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
+from b3_lightning.evaluation.bootstrap import N_DRAWS, PairedDifference
 from b3_lightning.mining.store import write_text
-from b3_lightning.model.metrics import PairedDifference
-from b3_lightning.reports.compare import COMPARED, N_DRAWS, Comparison, in_words, verdict
+from b3_lightning.reports.compare import COMPARED, Comparison, in_words, verdict
 from b3_lightning.reports.page import page, section, table
 from b3_lightning.reports.runs import AXES, Run
 from b3_lightning.reports.svg import Axes, Line, line_chart

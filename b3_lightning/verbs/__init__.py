@@ -9,6 +9,8 @@ import argparse
 import importlib
 from collections.abc import Sequence
 
+from b3_lightning.options import OptionParser
+
 VERBS = {
     "glyphs": "write the quickstart's data: pictures of characters and their names",
     "doctor": "what is installed, where mining can run, and a test of it",
@@ -25,7 +27,7 @@ VERBS = {
 def run_verb(name: str, arguments: Sequence[str]) -> None:
     """Parse the arguments of a verb and run it."""
     verb = importlib.import_module(f"{__name__}.{name}")
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog=f"python -m b3_lightning {name}",
         description=verb.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -52,28 +52,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_reading(group: Any) -> None:
-    group.add_argument("--image-root", type=Path, help="of image paths (default: DATA/images, or DATA without it)")
-    group.add_argument("--image-check", default="header", choices=["header", "decode"], help="before encoding")
+    group.add_argument("--image_root", type=Path, help="of image paths (default: DATA/images, or DATA without it)")
+    group.add_argument("--image_check", default="header", choices=["header", "decode"], help="before encoding")
     group.add_argument(
-        "--target-prompts", default=True, action=argparse.BooleanOptionalAction,
-        help="mmeb: B3's prompts before targets; retrieval: MMEB's instructions for captions and images",
+        "--no_target_prompts", dest="target_prompts", action="store_false",
+        help="mmeb: not B3's prompts before targets; retrieval: not MMEB's instructions for captions and images",
     )  # fmt: skip
-    group.add_argument("--query-prompt", default="", metavar="TEXT", help="before every query")
+    group.add_argument("--query_prompt", default="", metavar="TEXT", help="before every query")
     group.add_argument(
-        "--target-prompt", default="", metavar="TEXT", help="before every target, beside the suite's own"
+        "--target_prompt", default="", metavar="TEXT", help="before every target, beside the suite's own"
     )
 
 
 def _add_encoding(group: Any) -> None:
-    group.add_argument("--batch-size", type=int, default=32, help="items at once, in each process (default: 32)")
-    group.add_argument("--num-workers", type=int, default=0, help="processes that read images (default: 0)")
+    group.add_argument("--batch_size", type=int, default=32, help="items at once, in each process (default: 32)")
+    group.add_argument("--num_workers", type=int, default=0, help="processes that read images (default: 0)")
     group.add_argument("--device", help="such as cpu or cuda:1 (default: this process's GPU, or the CPU)")
     group.add_argument("--dtype", help="of the weights, such as bfloat16 (default: float32)")
+    group.add_argument("--revision", help="branch, tag or commit of a model on the hub (default: its main branch)")
+    group.add_argument("--trust_remote_code", action="store_true", help="run code of the model's repository: a risk")
     group.add_argument("--pooling", choices=["lasttoken", "mean", "cls"], help="for a plain transformers model")
-    group.add_argument("--max-seq-length", type=int, help="tokens a text is cut to (default: the model's own)")
-    group.add_argument("--min-pixels", type=int, help="of an image, for Qwen2-VL and its kin; with --max-pixels")
-    group.add_argument("--max-pixels", type=int)
-    group.add_argument("--chat-template", metavar="JINJA", help="instead of the model's own; an export keeps its own")
+    group.add_argument("--max_seq_length", type=int, help="tokens a text is cut to (default: the model's own)")
+    group.add_argument("--min_pixels", type=int, help="of an image, for Qwen2-VL and its kin; with --max_pixels")
+    group.add_argument("--max_pixels", type=int)
+    group.add_argument("--chat_template", metavar="JINJA", help="instead of the model's own; an export keeps its own")
     group.add_argument(
         "--fuse", action="store_true",
         help="for a model that takes image or text but not both (CLIP): add their unit vectors",
@@ -82,7 +84,7 @@ def _add_encoding(group: Any) -> None:
 
 def run(given: argparse.Namespace) -> None:
     if given.batch_size < 1:
-        raise ValueError(f"--batch-size {given.batch_size} must be above 0")
+        raise ValueError(f"--batch_size {given.batch_size} must be above 0")
     other = None if given.against is None else Results.load(given.against)
     output = given.output or Path("evaluations") / given.suite / "-".join(Path(given.model).parts[-2:]).strip("/.")
     with joined_processes() as processes, processes.failing_together():
@@ -104,9 +106,18 @@ def _evaluate(given: argparse.Namespace, output: Path, processes: Processes) -> 
     )
     names = suite.choose(reading, given.tasks)
     load = LoadSettings(
-        given.pooling, given.max_seq_length, given.min_pixels, given.max_pixels, given.dtype, given.chat_template
+        given.pooling,
+        given.max_seq_length,
+        given.min_pixels,
+        given.max_pixels,
+        given.dtype,
+        given.chat_template,
+        trust_remote_code=given.trust_remote_code,
+        revision=given.revision,
     )
     model = EvalModel.load(given.model, load, device_of(given.device), fuse=given.fuse)
+    if not given.query_prompt and not given.target_prompt:
+        model.tell_unused_prompts()
     shown = processes.rank == 0 and sys.stdout.isatty()
     with Stages(output, processes).locked(), StageProgress(enabled=shown) as progress:
         encoder = Encoder(model, output / "unfinished", processes, given.batch_size, given.num_workers, progress)

@@ -24,16 +24,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks", required=True, nargs="+", metavar="NAME", help="as mteb names them; it gets the data"
     )
     parser.add_argument("--output", required=True, type=Path, help="folder of mteb's result files and scores.json")
-    parser.add_argument("--batch-size", type=int, default=32, help="texts at once (default: 32)")
+    parser.add_argument("--batch_size", type=int, default=32, help="texts at once (default: 32)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU, or the CPU)")
     parser.add_argument("--dtype", help="of the weights, such as bfloat16 (default: float32)")
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the hub (default: its main branch)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code of the model's repository: a risk")
     parser.add_argument("--pooling", choices=["lasttoken", "mean", "cls"], help="for a plain transformers model")
-    parser.add_argument("--max-seq-length", type=int, help="tokens a text is cut to (default: the model's own)")
+    parser.add_argument("--max_seq_length", type=int, help="tokens a text is cut to (default: the model's own)")
 
 
 def run(given: argparse.Namespace) -> None:
     tasks = named_tasks(given.tasks)
-    load = LoadSettings(given.pooling, given.max_seq_length, dtype=given.dtype)
+    load = LoadSettings(
+        given.pooling,
+        given.max_seq_length,
+        dtype=given.dtype,
+        trust_remote_code=given.trust_remote_code,
+        revision=given.revision,
+    )
     model = EvalModel.load(given.model, load, device_of(given.device))
     scores = run_mteb(model, tasks, given.output, batch_size=given.batch_size)
     write_json(

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images", type=Path, metavar="DIR",
         help="data.image_root of the training: the folder that holds images/ (default: that of --train)",
     )  # fmt: skip
-    parser.add_argument("--eval-images", type=Path, metavar="DIR", help="of the evaluation (default: EVAL/images)")
+    parser.add_argument("--eval_images", type=Path, metavar="DIR", help="of the evaluation (default: EVAL/images)")
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="only these datasets (default: 20 and 36)")
     parser.add_argument("--split", default="original", help="of MMEB-train (default: original)")
     parser.add_argument(

@@ -1,0 +1,89 @@
+"""``B3Trainer``: Lightning's Trainer with ``mine`` and ``plan`` beside fit, over the same processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.strategies import Strategy
+from rich.console import Console
+from torch.distributed.constants import default_pg_timeout
+
+from b3_lightning.callbacks import MiningReport
+from b3_lightning.data import PairsDataModule
+from b3_lightning.mining import PATIENCE, MinedPlan
+from b3_lightning.mining.whatif import Questions
+from b3_lightning.model import ContrastiveModule
+from b3_lightning.reports.whatif import tell_what_if
+
+
+def wait_patiently(strategy: Strategy) -> None:
+    """Have the processes wait for each other as long as one may mine, where no other time was set."""
+    if getattr(strategy, "_timeout", None) == default_pg_timeout:
+        strategy._timeout = PATIENCE  # type: ignore[attr-defined]
+
+
+class B3Trainer(L.Trainer):
+    """Lightning's Trainer, which also mines without training."""
+
+    def mine(self, model: ContrastiveModule, datamodule: PairsDataModule, output: str) -> MinedPlan | None:
+        """Mine the training pairs into a plan and write it with a report.
+
+        Args:
+            output: the folder to write.
+        """
+        mined: MinedPlan | None = self._launched(self._mine, model, datamodule, output)
+        return mined
+
+    def plan(
+        self,
+        model: ContrastiveModule,
+        datamodule: PairsDataModule,
+        output: str | None = None,
+        questions: Questions = Questions(),  # noqa: B008 - frozen
+    ) -> None:
+        """Say before training what mining will buy, for which batch size, cluster size and window.
+
+        Args:
+            output: folder for what_if.html and what_if.parquet; ``what_if`` in the run's folder where absent.
+            questions: batch sizes, cluster sizes and windows to compare.
+        """
+        folder = Path(output if output is not None else Path(self.default_root_dir) / "what_if")
+        self._launched(self._plan, model, datamodule, folder, questions)
+
+    def _launched(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        launch = self.strategy.launcher
+        return work(*arguments) if launch is None else launch.launch(work, *arguments, trainer=self)
+
+    def _plan(self, model: ContrastiveModule, datamodule: PairsDataModule, folder: Path, questions: Questions) -> None:
+        self._prepare(model, datamodule)
+        processes = datamodule.processes()
+        with datamodule.ending_at_once(), processes.failing_together():
+            answers = datamodule.what_if(questions)
+            if answers is not None:
+                tell_what_if(Console(), answers, datamodule.batch_size, folder)
+            processes.barrier()
+
+    def _mine(self, model: ContrastiveModule, datamodule: PairsDataModule, output: str) -> MinedPlan | None:
+        self._prepare(model, datamodule)
+        processes = datamodule.processes()
+        with datamodule.ending_at_once(), processes.failing_together():
+            mined = datamodule.mine()
+            if mined is not None:
+                mined.save(output)
+                for callback in self.callbacks:  # type: ignore[attr-defined]
+                    if isinstance(callback, MiningReport):
+                        callback.write(mined, datamodule, Path(output), f"Mined plan: {Path(output).name}")
+            processes.barrier()
+        return mined
+
+    def _prepare(self, model: ContrastiveModule, datamodule: PairsDataModule) -> None:
+        datamodule.trainer, self.datamodule = self, datamodule
+        model.trainer = self
+        self.strategy._lightning_module = model
+        self.strategy.setup_environment()
+        if datamodule.teacher == "student":
+            model.configure_model()
+            model.to(self.strategy.root_device)
