@@ -7,6 +7,7 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from PIL import Image
 
 from b3_lightning.data.handed import Handed
@@ -73,6 +74,7 @@ def test_what_is_damaged_or_absent_is_of_no_use(
 
 def test_who_hands_to_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(rank_zero_only, "rank", 0, raising=False)  # set by a trainer, and put back after the test
 
     def handed(devices: int) -> Handed | None:
         trainer = L.Trainer(
