@@ -112,6 +112,8 @@ def test_advice_prefers_hard_batches_that_are_not_full_of_suspects() -> None:
         Figure(16, 2, 2, 0.1, 5, 100, 8, 0.3, 300.0),
         Figure(64, 3, 3, 0.1, 5, 100, 8, 0.3, 1100.0),
         Figure(64, 4, 4, 0.9, 0, 100, 8, 0.3, 4000.0),
+        Figure(64, 5, 5, 0.1, 5, 100, 16, 0.3, 4000.0),  # harder, and a quarter of the batch
+        Figure(128, 4, 4, 0.1, 5, 100, 8, 0.3, 2000.0),
     ]
     answer = TaskAnswer("t", 5000, 5000, False, True, 23, (0.25, 0.1), random, mined)
     lines = advice(answer, 64)
@@ -119,11 +121,11 @@ def test_advice_prefers_hard_batches_that_are_not_full_of_suspects() -> None:
         "mined batches of 64 are as hard as random ones of about 1,100, with cluster_size 8, first_rank 5 and "
         "n_ranks 100"
     )
-    assert "instead of random batches of 256: mined batches of 16" in lines
+    assert "instead of random batches of 256: mined batches of 64" in lines
     assert "instead of random batches of 1,024: mined batches of 64" in lines
     assert not any("4,096" in line for line in lines)
     assert "would begin at 23" in lines[-1]
-    assert "careful: 90%" in advice(TaskAnswer("t", 5000, 5000, False, True, 0, (), random, mined[2:]), 64)[1]
+    assert "careful: 90%" in advice(TaskAnswer("t", 5000, 5000, False, True, 0, (), random, mined[2:3]), 64)[1]
     assert "nothing to advise" in advice(answer, 48)[0]
 
 

@@ -21,12 +21,15 @@ from b3_lightning.reports.page import page, section, table
 
 MOST_SUSPECTED = 0.2
 """A setting is not advised where more of the rows have a suspected false negative in their batch."""
+MOST_OF_BATCH = 1 / 8
+"""Nor is a cluster that is more of its batch: such batches are harder and train worse (docs/results.md)."""
 _GOALS = (256, 1024, 4096)
 _ASSUMED = (
     "Assumed: the teacher's similarities stand for the student's; hardness is the teacher's InfoNCE loss at "
     "temperature 0.05, without the negatives that are suspected to be right (nearly identical to the row's own, or, "
     "where the teacher is good enough, above its positive). Equally hard batches need not train equally well: mined "
-    "ones show the same few rows to each other, so very uniform or noisy sets gain less. Compare with "
+    "ones show the same few rows to each other, so very uniform or noisy sets gain less, and clusters that were more "
+    "than an eighth of their batch trained worse though harder, so none is advised. Compare with "
     "--data.batches=random before a long run."
 )
 _HEAD = (
@@ -57,7 +60,7 @@ def tell_what_if(console: Console, answers: Sequence[TaskAnswer], batch_size: in
 
 def advice(answer: TaskAnswer, batch_size: int) -> list[str]:
     """What the figures say about mining at this batch size, and about other batch sizes, a sentence each."""
-    best = answer.best(batch_size, MOST_SUSPECTED)
+    best = answer.best(batch_size, MOST_SUSPECTED, MOST_OF_BATCH)
     if best is None:
         return [
             f"no cluster size asked about divides |B| = {batch_size}, or the task has fewer rows: nothing to advise"
@@ -97,7 +100,8 @@ def _setting(answer: TaskAnswer, figure: Figure) -> str:
 
 def _size_for(answer: TaskAnswer, best: Figure, goal: int) -> str:
     """The smallest mined batch, with the same setting, that is as hard as a random one of ``goal`` rows."""
-    own = [figure for figure in answer.mined if figure.setting == best.setting]
+    least = best.cluster_size / MOST_OF_BATCH
+    own = [figure for figure in answer.mined if figure.setting == best.setting and figure.batch_size >= least]
     enough = [figure.batch_size for figure in own if figure.as_random >= goal]
     if not enough or goal > answer.n_sampled:
         return ""
@@ -117,7 +121,7 @@ def _table(answer: TaskAnswer, batch_size: int) -> Table:
     table = Table("setting", "hardness", "as random |B|", "rows with suspects", title=f"|B| = {batch_size}")
     for figure in (figure for figure in answer.random if figure.batch_size == batch_size):
         table.add_row("random", f"{figure.clean:.2f}", f"{batch_size}", f"{figure.suspected:.1%}")
-    best = answer.best(batch_size, MOST_SUSPECTED)
+    best = answer.best(batch_size, MOST_SUSPECTED, MOST_OF_BATCH)
     for figure in (figure for figure in answer.mined if figure.batch_size == batch_size):
         name = f"K {figure.cluster_size}, ranks {figure.first_rank} to {figure.first_rank + figure.n_ranks - 1}"
         style = "bold green" if figure is best else None
@@ -174,7 +178,7 @@ def _picture(answer: TaskAnswer, batch_size: int) -> str:
     axes.plot(sizes, clean, "k-o", linewidth=2.5, label="random")
     cluster_sizes = sorted({figure.cluster_size for figure in answer.mined})
     first_ranks = sorted({figure.first_rank for figure in answer.mined})
-    best = answer.best(batch_size, MOST_SUSPECTED)
+    best = answer.best(batch_size, MOST_SUSPECTED, MOST_OF_BATCH)
     for setting in sorted({figure.setting for figure in answer.mined}, key=lambda own: (own[2], own[0])):
         own = [figure for figure in answer.mined if figure.setting == setting]
         advised = best is not None and setting == best.setting
