@@ -4,7 +4,7 @@
 
 of a folder that `batch_barrier.py` filled, best with ``--search`` (no search: every arm at one point) and variants that
 differ in K and window, since arms of different sizes differ in their number of steps too. Variants that change other
-settings than ``data.mining`` are left out. Figures are those of the validation part.
+settings than those of the window and K are left out. Figures are those of the validation part.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ METRICS = ("hit@1", "hit@10", "mrr")
 
 def trained(folder: Path) -> dict[Setting, dict[str, float]]:
     """Setting -> metrics on the validation part, means over seeds of its best point, runs of a search apart."""
+    all_runs = [json.loads(path.read_text()) for path in sorted(folder.glob("runs/*/result.json"))]
+    compared = {_besides(run["arm"]) for run in all_runs if not run["arm"]["variant"]}
     runs: dict[Setting, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for path in sorted(folder.glob("runs/*/result.json")):
-        run = json.loads(path.read_text())
-        if all(setting.startswith(("--data.plan", "--data.mining")) for setting in run["arm"]["settings"]):
+    for run in all_runs:
+        plain = all(setting.startswith(("--data.plan", "--data.mining")) for setting in run["arm"]["settings"])
+        if plain and _besides(run["arm"]) in compared:
             runs[_setting(run["arm"])][json.dumps([run["point"], run["fit"]])].append(run)
     found = {}
     for setting, points in runs.items():
@@ -41,11 +43,25 @@ def trained(folder: Path) -> dict[Setting, dict[str, float]]:
     return found
 
 
-def _setting(arm: dict[str, Any]) -> Setting:
+def _plan(arm: dict[str, Any]) -> dict[str, Any] | None:
     if arm["batches"] != "b3":
+        return None
+    folder = next(setting.partition("=")[2] for setting in arm["settings"] if setting.startswith("--data.plan"))
+    about: dict[str, Any] = json.loads((Path(folder) / "plan.json").read_text())
+    return about
+
+
+def _besides(arm: dict[str, Any]) -> str:
+    """What an arm's plan was mined with, but for window and K; empty for random batches."""
+    about = _plan(arm)
+    asked = ("first_rank", "n_ranks", "cluster_size")
+    return "" if about is None else json.dumps({k: v for k, v in about["settings"].items() if k not in asked})
+
+
+def _setting(arm: dict[str, Any]) -> Setting:
+    about = _plan(arm)
+    if about is None:
         return arm["size"], -1, -1, -1
-    plan = next(setting.partition("=")[2] for setting in arm["settings"] if setting.startswith("--data.plan"))
-    about = json.loads((Path(plan) / "plan.json").read_text())
     (ranks,) = about["ranks"].values()  # what ``auto`` chose, where that was set
     return arm["size"], ranks["first_rank"], ranks["n_ranks"], about["settings"]["cluster_size"]
 
