@@ -32,7 +32,7 @@ def as_known(given: Sequence[str], known: Iterable[str]) -> list[str]:
     """The arguments with every option as it is known, where it differs in dashes and underscores alone."""
     listed = set(known)
     spelt = {_plain(name): name for name in listed}
-    end = given.index("--") if "--" in given else len(given)
+    end = _end(given)
     found = []
     for word in given[:end]:
         name, equals, value = word.partition("=")
@@ -64,8 +64,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _options(given: Sequence[str]) -> list[str]:
-    end = given.index("--") if "--" in given else len(given)
-    return [word.partition("=")[0] for word in given[:end] if word.startswith("--")]
+    return [word.partition("=")[0] for word in given[: _end(given)] if word.startswith("--")]
+
+
+def _end(given: Sequence[str]) -> int:
+    """Where options end: at ``--``, if it is there."""
+    return given.index("--") if "--" in given else len(given)
 
 
 def _plain(name: str) -> str:

@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from b3_lightning.data.images import resolve
 from b3_lightning.data.mmeb import N_EVAL_QUERIES, MmebTask
-from b3_lightning.data.tables import find_shards, shards_of
+from b3_lightning.data.tables import find_shards, is_list, shards_of
 
 REPOS = {"train": "TIGER-Lab/MMEB-train", "eval": "TIGER-Lab/MMEB-eval"}
 COLUMNS = {
@@ -113,7 +112,7 @@ def _image_paths(files: Iterable[pq.ParquetFile], columns: Sequence[str]) -> lis
     found: set[str] = set()
     for file in files:
         for values in file.read(columns=list(columns)).columns:
-            if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+            if is_list(values.type):
                 values = pc.list_flatten(values)
             found |= {path for path in pc.unique(values).to_pylist() if path}
     return sorted(found)

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from b3_lightning.data.mmeb import IMAGE_TOKEN, without_image_token
-from b3_lightning.data.tables import read_table
+from b3_lightning.data.tables import is_list, read_table
 from b3_lightning.types import name_rows
 
 log = logging.getLogger(__name__)
@@ -255,7 +255,7 @@ def read_negatives(table: pa.Table, source: PairSource) -> Iterator[list[Item]]:
     columns = [table[name] if name in table.column_names else nothing for name in names]
     counts = [_count_listed(column) for column in columns]
     for name, column, count_N in zip(names, columns, counts, strict=True):
-        kind = column.type.value_type if _is_list(column.type) else column.type
+        kind = column.type.value_type if is_list(column.type) else column.type
         if not any(is_text(kind) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)):
             rows = name_rows(count_N.nonzero()[0].tolist())
             raise ValueError(f"{source.path}: {name!r} must hold texts or lists of texts; not so in {rows}")
@@ -272,13 +272,9 @@ def read_negatives(table: pa.Table, source: PairSource) -> Iterator[list[Item]]:
             yield [Item(source.target_prompt + text, image) for text, image in both if text.strip() or image]
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return any(test(kind) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
-
-
 def _count_listed(column: pa.Array | pa.ChunkedArray) -> Any:
     """(N,) how many values each row of a column holds, be they listed or not."""
-    count = pc.list_value_length(column) if _is_list(column.type) else pc.is_valid(column).cast(pa.int32())
+    count = pc.list_value_length(column) if is_list(column.type) else pc.is_valid(column).cast(pa.int32())
     return pc.fill_null(count, 0).to_numpy()
 
 

@@ -80,15 +80,25 @@ def read_file(path: Path, columns: Sequence[str] | None = None, *, typed: bool =
     try:
         table = _read_csv(path, typed) if path.suffix == ".csv" else _READERS[path.suffix](path)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"{path} cannot be read as {path.suffix} ({reason}): it is truncated, changed or of another kind than its "
-            "name says; copy it anew, or write it again"
-        ) from error
+        raise unreadable(path, error) from error
     missing = [name for name in columns or () if name not in table.column_names]
     if missing:
         raise ValueError(f"{path} lacks the column(s) {missing}; it has {table.column_names}")
     return table if columns is None else table.select(list(columns))
+
+
+def unreadable(path: Path, error: Exception) -> ValueError:
+    """What to raise of a file that its reader refuses."""
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    return ValueError(
+        f"{path} cannot be read as {path.suffix} ({reason}): it is truncated, changed or of another kind than its "
+        "name says; copy it anew, or write it again"
+    )
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Does a column of this type hold lists, of whatever kind?"""
+    return any(test(kind) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
 
 
 def _read_csv(path: Path, typed: bool) -> pa.Table:

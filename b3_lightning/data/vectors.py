@@ -11,13 +11,12 @@ import pyarrow.compute as pc
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from b3_lightning.data.tables import read_file
+from b3_lightning.data.tables import is_list, read_file, unreadable
 from b3_lightning.types import Embeddings, name_rows
 
 VECTOR_SUFFIXES = (".npy", ".safetensors", ".parquet")
 SIDES = ("query", "target")
 _STACKED = "numpy.save(FILE, numpy.stack([query, target])) makes one"
-_ANEW = "it is truncated, changed or of another kind than its name says; copy it anew, or write it again"
 
 
 def check_vectors(path: str, n_rows: int) -> Embeddings:
@@ -54,7 +53,7 @@ def _read_npy(path: Path) -> tuple[Any, Any]:
     try:
         array = np.load(path, mmap_mode="c", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as .npy ({error}): {_ANEW}") from error
+        raise unreadable(path, error) from error
     if array.ndim != 3 or len(array) != 2:
         raise ValueError(
             f"{path} has shape {array.shape}; (2, rows, dimensions) is needed: queries, then targets. {_STACKED}"
@@ -68,7 +67,7 @@ def _read_safetensors(path: Path) -> tuple[Any, Any]:
     try:
         found = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as .safetensors ({error}): {_ANEW}") from error
+        raise unreadable(path, error) from error
     missing = [name for name in SIDES if name not in found]
     if missing:
         raise ValueError(f"{path} lacks {missing}; it needs 'query' and 'target', each of shape (rows, dimensions)")
@@ -83,9 +82,8 @@ def _read_parquet(path: Path) -> tuple[Any, Any]:
 
 def _stacked(column: pa.Array, name: str, path: Path) -> Any:
     """(N, D) of a column that holds a list of numbers a row."""
-    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     numbers = (pa.types.is_floating, pa.types.is_integer)
-    if not any(kind(column.type) for kind in kinds) or not any(kind(column.type.value_type) for kind in numbers):
+    if not is_list(column.type) or not any(kind(column.type.value_type) for kind in numbers):
         raise ValueError(f"{path}: column {name!r} holds {column.type}; a list of numbers a row is needed: one vector")
     length_N = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
     odd = np.flatnonzero(length_N != (length_N[0] if len(length_N) else 0))

@@ -58,9 +58,13 @@ def tell_what_if(console: Console, answers: Sequence[TaskAnswer], batch_size: in
     console.print(f"picture and all figures: {folder / 'what_if.html'}", highlight=False)
 
 
+def _advised(answer: TaskAnswer, batch_size: int) -> Figure | None:
+    return answer.best(batch_size, MOST_SUSPECTED, MOST_OF_BATCH)
+
+
 def advice(answer: TaskAnswer, batch_size: int) -> list[str]:
     """What the figures say about mining at this batch size, and about other batch sizes, a sentence each."""
-    best = answer.best(batch_size, MOST_SUSPECTED, MOST_OF_BATCH)
+    best = _advised(answer, batch_size)
     if best is None:
         return [
             f"no cluster size asked about divides |B| = {batch_size}, or the task has fewer rows: nothing to advise"
@@ -121,7 +125,7 @@ def _table(answer: TaskAnswer, batch_size: int) -> Table:
     table = Table("setting", "hardness", "as random |B|", "rows with suspects", title=f"|B| = {batch_size}")
     for figure in (figure for figure in answer.random if figure.batch_size == batch_size):
         table.add_row("random", f"{figure.clean:.2f}", f"{batch_size}", f"{figure.suspected:.1%}")
-    best = answer.best(batch_size, MOST_SUSPECTED, MOST_OF_BATCH)
+    best = _advised(answer, batch_size)
     for figure in (figure for figure in answer.mined if figure.batch_size == batch_size):
         name = f"K {figure.cluster_size}, ranks {figure.first_rank} to {figure.first_rank + figure.n_ranks - 1}"
         style = "bold green" if figure is best else None
@@ -178,7 +182,7 @@ def _picture(answer: TaskAnswer, batch_size: int) -> str:
     axes.plot(sizes, clean, "k-o", linewidth=2.5, label="random")
     cluster_sizes = sorted({figure.cluster_size for figure in answer.mined})
     first_ranks = sorted({figure.first_rank for figure in answer.mined})
-    best = answer.best(batch_size, MOST_SUSPECTED, MOST_OF_BATCH)
+    best = _advised(answer, batch_size)
     for setting in sorted({figure.setting for figure in answer.mined}, key=lambda own: (own[2], own[0])):
         own = [figure for figure in answer.mined if figure.setting == setting]
         advised = best is not None and setting == best.setting
