@@ -3,8 +3,9 @@
     python benchmarks/mini_mmeb.py --output runs/mini_mmeb [--rows 1000] [--steps 700] [--seeds 0 1 2] [--together 2]
 
 Pictures, texts and tasks are those of tests/mini_mmeb.py, the config is configs/b3_2b.yaml with a smaller model, batch
-and window. As in the paper, the teacher is a model of the same size trained on random batches (of a seed of its own).
-Every run is one ``fit`` and one ``evaluate`` on the command line, on one thread; finished ones are not repeated.
+and window. As in the paper, the teacher is a model of the same size trained on random batches (of a seed of its own);
+with --start teacher it is also what every arm begins from, as the paper's arms begin from one trained model. Every run
+is one ``fit`` and one ``evaluate`` on the command line, on one thread; finished ones are not repeated.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ ARMS = {
     "random": (f"--config={ROOT / 'configs' / 'ablations' / 'random.yaml'}",),
     "mined": (),
     "random-then-mined": ("--data.mined_frac={0: 0.0, 1: 1.0}",),
+    "negatives": ("--data.mining.n_negatives=1",),
 }
-"""What differs; in the last, batches are random for one epoch first."""
+"""What differs; in the third, batches are random for one epoch first, in the last every row has a hard negative too."""
 
 
 def write_data(folder: Path, given: argparse.Namespace) -> None:
@@ -56,8 +58,8 @@ def write_data(folder: Path, given: argparse.Namespace) -> None:
     model.save_pretrained(path)
 
 
-def fit(folder: Path, given: argparse.Namespace, name: str, arm: str, seed: int, teacher: Path) -> None:
-    """One training run."""
+def fit(folder: Path, given: argparse.Namespace, name: str, arm: str, seed: int, start: Path, teacher: Path) -> None:
+    """One training run from the weights of ``start``."""
     low = json.dumps({task: {"first_rank": given.first_rank} for task in tasks("vqa")})
     _run(
         folder / name / "export", "fit", f"--config={ROOT / 'configs' / 'b3_2b.yaml'}", *ARMS[arm],
@@ -67,7 +69,7 @@ def fit(folder: Path, given: argparse.Namespace, name: str, arm: str, seed: int,
         f"--data.batch_size={given.batch_size}", "--data.num_workers=0", f"--data.cache={folder / 'cache'}",
         f"--data.teacher={teacher}", f"--data.mining.first_rank={given.first_rank}",
         f"--data.mining.n_ranks={given.n_ranks}", f"--data.mining.cluster_size={given.cluster_size}",
-        f"--data.mining.per_task={low}", f"--model.embedder={folder / 'model'}", "--model.lora=null",
+        f"--data.mining.per_task={low}", f"--model.embedder={start}", "--model.lora=null",
         f"--model.load.pooling={given.pooling}",
         "--model.chunks=null", "--model.load.dtype=float32", "--model.load.gradient_checkpointing=false",
         f"--model.loss.temperature={given.temperature}", f"--model.optim.learning_rate={given.rate}",
@@ -111,24 +113,26 @@ def main() -> None:
     parser.add_argument("--pooling", default="mean")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--start", default="untrained", choices=("untrained", "teacher"), help="weights of every arm")
     parser.add_argument("--together", type=int, default=2, help="runs at a time")
     given = parser.parse_args()
     folder = given.output.resolve()
     if not (folder / "model").is_dir():
         write_data(folder, given)
-    fit(folder, given, "teacher", "random", 99, folder / "model")
-    runs = {(arm, seed): f"{arm}-{seed}" for seed in given.seeds for arm in given.arms}
+    untrained, teacher = folder / "model", folder / "teacher" / "export"
+    fit(folder, given, "teacher", "random", 99, untrained, untrained)
+    start, prefix = (teacher, "further-") if given.start == "teacher" else (untrained, "")
+    runs = {(arm, seed): f"{prefix}{arm}-{seed}" for seed in given.seeds for arm in given.arms}
     with ThreadPoolExecutor(given.together) as pool:
         trained = [
-            pool.submit(fit, folder, given, name, arm, seed, folder / "teacher" / "export")
-            for (arm, seed), name in runs.items()
+            pool.submit(fit, folder, given, name, arm, seed, start, teacher) for (arm, seed), name in runs.items()
         ]
         for run in trained:
             run.result()
         found = dict(zip(runs, pool.map(lambda name: evaluate(folder, name), runs.values()), strict=True))
     print("| arm | seed | " + " | ".join(SHOWN) + " |\n|" + "---|" * (2 + len(SHOWN)))
-    teacher = evaluate(folder, "teacher")
-    print("| teacher (random) | 99 | " + " | ".join(f"{teacher[group]:.1f}" for group in SHOWN) + " |")
+    reached = evaluate(folder, "teacher")
+    print("| teacher (random) | 99 | " + " | ".join(f"{reached[group]:.1f}" for group in SHOWN) + " |")
     for (arm, seed), values in found.items():
         print(f"| {arm} | {seed} | " + " | ".join(f"{values[group]:.1f}" for group in SHOWN) + " |")
     for arm in given.arms:

@@ -1,6 +1,6 @@
 """Commands that need neither a trainer nor its config: one module a verb, imported when it is called.
 
-A verb's module holds ``add_arguments(parser)`` and ``run(given)``; its docstring is the verb's help.
+The module of each of ``VERBS`` holds ``add_arguments(parser)`` and ``run(given)``; its docstring is the help.
 """
 
 from __future__ import annotations

@@ -16,13 +16,12 @@ from typing import Any
 from rich.console import Console
 
 from b3_lightning.evaluation.bootstrap import compare
-from b3_lightning.evaluation.encode import Encoder, EvalModel, device_of, joined_processes
+from b3_lightning.evaluation.encode import Encoder, joined_processes
 from b3_lightning.evaluation.results import Results
 from b3_lightning.evaluation.run import evaluate
 from b3_lightning.evaluation.sets import ReadSettings
 from b3_lightning.evaluation.suites import SUITES
 from b3_lightning.mining import Processes, Stages
-from b3_lightning.model.embedder import LoadSettings
 from b3_lightning.progress import StageProgress
 from b3_lightning.reports.evaluation import (
     Sheet,
@@ -33,6 +32,7 @@ from b3_lightning.reports.evaluation import (
     task_sheet,
     write_report,
 )
+from b3_lightning.verbs.loading import add_loading, load_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,12 +67,7 @@ def _add_reading(group: Any) -> None:
 def _add_encoding(group: Any) -> None:
     group.add_argument("--batch_size", type=int, default=32, help="items at once, in each process (default: 32)")
     group.add_argument("--num_workers", type=int, default=0, help="processes that read images (default: 0)")
-    group.add_argument("--device", help="such as cpu or cuda:1 (default: this process's GPU, or the CPU)")
-    group.add_argument("--dtype", help="of the weights, such as bfloat16 (default: float32)")
-    group.add_argument("--revision", help="branch, tag or commit of a model on the hub (default: its main branch)")
-    group.add_argument("--trust_remote_code", action="store_true", help="run code of the model's repository: a risk")
-    group.add_argument("--pooling", choices=["lasttoken", "mean", "cls"], help="for a plain transformers model")
-    group.add_argument("--max_seq_length", type=int, help="tokens a text is cut to (default: the model's own)")
+    add_loading(group)
     group.add_argument("--min_pixels", type=int, help="of an image, for Qwen2-VL and its kin; with --max_pixels")
     group.add_argument("--max_pixels", type=int)
     group.add_argument("--chat_template", metavar="JINJA", help="instead of the model's own; an export keeps its own")
@@ -105,17 +100,7 @@ def _evaluate(given: argparse.Namespace, output: Path, processes: Processes) -> 
         given.image_check,
     )
     names = suite.choose(reading, given.tasks)
-    load = LoadSettings(
-        given.pooling,
-        given.max_seq_length,
-        given.min_pixels,
-        given.max_pixels,
-        given.dtype,
-        given.chat_template,
-        trust_remote_code=given.trust_remote_code,
-        revision=given.revision,
-    )
-    model = EvalModel.load(given.model, load, device_of(given.device), fuse=given.fuse)
+    model = load_model(given, fuse=given.fuse)
     if not given.query_prompt and not given.target_prompt:
         model.tell_unused_prompts()
     shown = processes.rank == 0 and sys.stdout.isatty()
