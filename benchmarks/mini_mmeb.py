@@ -41,7 +41,7 @@ ARMS = {
 
 def write_data(folder: Path, given: argparse.Namespace) -> None:
     """The miniature and an untrained model whose subwords are those of its texts."""
-    data = MiniMmeb(folder, dict.fromkeys(TRAIN_ROWS, given.rows), n_queries=200, n_candidates=100, side=56)
+    data = MiniMmeb(folder, dict.fromkeys(TRAIN_ROWS, given.rows), given.queries, given.candidates, side=56)
     data.write()
     sources: list[str | PairSource] = [
         PairSource(str(folder / "MMEB-train" / name), split="original") for name in TRAINED
@@ -104,7 +104,14 @@ def main() -> None:
     """Run what is missing, print everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    for name, default in (("rows", 1000), ("steps", 700), ("batch-size", 32), ("cluster-size", 8)):
+    for name, default in (
+        ("rows", 1000),
+        ("steps", 700),
+        ("batch-size", 32),
+        ("cluster-size", 8),
+        ("queries", 1000),
+        ("candidates", 1000),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--first-rank", type=int, default=10)
     parser.add_argument("--n-ranks", type=int, default=60)
