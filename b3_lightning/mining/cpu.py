@@ -133,6 +133,7 @@ class InvertedLists:
             self._quantizer, n_dims, n_lists, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False
         )
         self._index.is_trained = True  # float16 has nothing to learn, and the centers are given
+        self._index.parallel_mode = 3  # queries are shared over threads; by default lists that are given are not
         for start in range(0, len(target_MD), piece_rows):
             target = np.ascontiguousarray(target_MD[start : start + piece_rows].numpy(), dtype=np.float32)
             ids = np.arange(start, start + len(target), dtype=np.int64)
