@@ -1,6 +1,6 @@
 """B3 against random batches on a larger miniature MMEB, with a small Qwen2-VL trained from scratch; several seeds.
 
-    python benchmarks/mini_mmeb.py --output runs/mini_mmeb [--rows 1000] [--steps 700] [--seeds 0 1 2] [--together 2]
+    python benchmarks/mini_mmeb.py --output runs/mini_mmeb [--start teacher] [--seeds 0 1 2 3 4] [--rows 6000]
 
 Pictures, texts and tasks are those of tests/mini_mmeb.py, the config is configs/b3_2b.yaml with a smaller model, batch
 and window. As in the paper, the teacher is a model of the same size trained on random batches (of a seed of its own);
@@ -105,8 +105,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     for name, default in (
-        ("rows", 1000),
-        ("steps", 700),
+        ("rows", 6000),
+        ("steps", 4125),
         ("batch-size", 32),
         ("cluster-size", 8),
         ("queries", 1000),
