@@ -5,7 +5,8 @@
 Pictures, texts and tasks are those of tests/mini_mmeb.py, the config is configs/b3_2b.yaml with a smaller model, batch
 and window. As in the paper, the teacher is a model of the same size trained on random batches (of a seed of its own);
 with --start teacher it is also what every arm begins from, as the paper's arms begin from one trained model. Every run
-is one ``fit`` and one ``evaluate`` on the command line, on one thread; finished ones are not repeated.
+is one ``fit`` and one ``evaluate`` on the command line, on one thread; finished ones are not repeated, so
+other settings need a folder of their own.
 """
 
 from __future__ import annotations
