@@ -1,13 +1,14 @@
 """Do mined batches of 64 do the work of random ones of 1024? Every arm at its best learning rate and temperature.
 
-    python benchmarks/batch_barrier.py --train TRAIN.parquet --test TEST.parquet --vectors TEACHER.npy \
+    python benchmarks/batch_barrier.py --train TRAIN.parquet [--test TEST.parquet] --vectors TEACHER.npy \
         --student MODEL [--static 128] --output runs/barrier [--epochs 2] [--rate 4e-3] [--temperature 0.1] \
         [--seeds 0 1 2] [--together 2] [--fit=--model.chunks.tokens=512] [--mined 16 64] [--random 64 1024] \
         [--search rate] [--search-fit=--trainer.limit_train_batches=0.5]
     python benchmarks/batch_barrier.py --config configs/quickstart.yaml --train ... --test ... --output ...
 
 Blocks of neighbouring rows of TRAIN become the validation part, on which temperature and rate are searched with the
-first seed; TEST is scored with the exports of the chosen points only. Every arm passes over the same rows equally
+first seed; TEST is scored with the exports of the chosen points only, and without ``--test`` the tables are of the
+validation part, so that much may be tried before the test is looked at. Every arm passes over the same rows equally
 often, and is scored after its last step. ``--static`` makes the student of MODEL's word embeddings alone, on their
 leading principal axes; with ``--config``, student and teacher are that file's. A run is one ``fit`` on the command
 line; those that are done are not repeated. ``--variant NAME=SETTING`` adds the arm ``mined@64`` with one setting of
@@ -163,9 +164,11 @@ class Searched:
     runs: list[dict[str, Any]]
 
 
-def test_metrics(bench: Bench, name: str, test: str) -> dict[str, Tensor]:
-    """Metric -> (N,) of every pair of TEST, among all its unique targets, by the export of a run."""
+def metrics_of(bench: Bench, name: str, test: str | None) -> dict[str, Tensor]:
+    """Metric -> (N,) of every pair of TEST, among all its unique targets, by the export of a run; or as it ended."""
     folder = bench.folder / "runs" / name
+    if test is None:
+        return query_metrics(load_file(folder / "val_ranks.safetensors")["rank"])
     vectors = folder / "test" / "embeddings.safetensors"
     if not vectors.is_file():
         b3([
@@ -260,7 +263,7 @@ def mine_once(bench: Bench, name: str, settings: Sequence[str]) -> str:
 
 
 def table(found: Sequence[Searched], values: Sequence[Sequence[dict[str, Tensor]]]) -> list[str]:
-    """Markdown: what every arm reads on the validation part and on TEST, mean and deviation over seeds, in points."""
+    """Markdown: MRR on the validation part, and what is scored; mean and deviation over seeds, in points."""
     head = ["arm", "rate", "temperature", "tried", "validation MRR", *METRICS, "s a run"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for one, seeds in zip(found, values, strict=True):
@@ -298,9 +301,9 @@ def _difference(ours_N: Tensor, other_N: Tensor) -> str:
 def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("train", "test", "output"):
+    for name in ("train", "output"):
         parser.add_argument(f"--{name}", required=True)
-    for name in ("vectors", "student", "config"):
+    for name in ("test", "vectors", "student", "config"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--static", type=int, metavar="DIM", help="word embeddings alone, on their first so many axes")
     parser.add_argument("--epochs", type=int, default=2)
@@ -333,7 +336,7 @@ def main() -> None:
     arms = list(arms_of(given, bench))
     with ProcessPoolExecutor(given.together, get_context("spawn")) as pool:
         found = list(pool.map(bench.arm, arms))
-    values = [[test_metrics(bench, run["folder"], given.test) for run in one.runs] for one in found]
+    values = [[metrics_of(bench, run["folder"], given.test) for run in one.runs] for one in found]
     print("\n".join([*table(found, values), "", *differences(found, values)]))
 
 

@@ -5,8 +5,8 @@
 Pictures, texts and tasks are those of tests/mini_mmeb.py, the config is configs/b3_2b.yaml with a smaller model, batch
 and window. As in the paper, the teacher is a model of the same size trained on random batches (of a seed of its own);
 with --start teacher it is also what every arm begins from, as the paper's arms begin from one trained model. Every run
-is one ``fit`` and one ``evaluate`` on the command line, on one thread; finished ones are not repeated, so
-other settings need a folder of their own.
+is one ``fit`` and one ``evaluate`` on the command line, on one thread; finished ones are not repeated. Other settings
+need a folder of their own, and are refused elsewhere.
 """
 
 from __future__ import annotations
@@ -91,8 +91,13 @@ def evaluate(folder: Path, name: str) -> dict[str, float]:
 
 
 def _run(done: Path, *command: str) -> None:
+    told = done.with_name(f"{done.stem}.command.json")
     if done.exists():
+        if json.loads(told.read_text()) != list(command):
+            sys.exit(f"{done} was made by another command ({told}); give --output another folder")
         return
+    told.parent.mkdir(parents=True, exist_ok=True)
+    told.write_text(json.dumps(command))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     ended = subprocess.run(
         [sys.executable, "-m", "b3_lightning", *command], env=environment, capture_output=True, text=True

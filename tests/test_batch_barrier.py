@@ -53,12 +53,15 @@ def test_two_runs_their_tables_and_what_was_foreseen(
     assert np.load(folder / "data" / "train.npy").shape == (2, 72, 8)
     found = [bench.arm(arm) for arm in barrier.arms_of(given, bench)]
     assert [(one.n_tried, one.best) for one in found] == [(0, barrier.Point(1e-2 * (8 / 64) ** 0.25, 0.1))] * 2
-    values = [[barrier.test_metrics(bench, run["folder"], str(pairs)) for run in one.runs] for one in found]
+    values = [[barrier.metrics_of(bench, run["folder"], str(pairs)) for run in one.runs] for one in found]
     assert [line.split(" | ")[0] for line in barrier.table(found, values)[2:]] == ["| mined@8", "| random@8"]
     run = found[0].runs[0]
     before = (folder / "runs" / run["folder"] / "result.json").stat().st_mtime_ns
     assert bench.run(found[0].arm, found[0].best, 0) == run
     assert (folder / "runs" / run["folder"] / "result.json").stat().st_mtime_ns == before  # not run again
+    val = barrier.metrics_of(bench, run["folder"], None)
+    assert val["mrr"].shape == (24,)
+    assert float(val["mrr"].mean()) == pytest.approx(run["mrr"])
     _check_against_sentence_transformers(folder / "runs" / run["folder"] / "export", pairs, values[0][0])
     _check_what_if(folder)
 
@@ -97,7 +100,7 @@ def test_a_config_brings_its_own_student(
     bench = barrier.prepare(given)
     (arm,) = barrier.arms_of(given, bench)
     run = bench.arm(arm).runs[0]
-    assert barrier.test_metrics(bench, run["folder"], str(pairs))["hit@1"].shape == (96,)
+    assert barrier.metrics_of(bench, run["folder"], str(pairs))["hit@1"].shape == (96,)
     written = (tmp_path / "out" / "data" / "train.parquet").stat().st_mtime_ns
     assert barrier.prepare(given) == bench
     assert (tmp_path / "out" / "data" / "train.parquet").stat().st_mtime_ns == written  # not cut again

@@ -92,15 +92,17 @@ def test_the_7b_config_trains_a_tiny_qwen2_vl_with_lora(fit: Run, models: dict[s
 def test_an_adapter_is_exported_alone_or_merged(merged: bool, fit: Run, models: dict[str, str]) -> None:
     run = fit(
         "text-text", f"--model.embedder={models['qwen2_vl']}", "--model.load.pooling=lasttoken",
-        "--model.lora={r: 2, dropout: 0.0}", "--model.optim={learning_rate: 0.05, warmup_frac: 0.0}",
+        "--model.lora={r: 2, dropout: 0.0}",
+        f"--model.optim={{learning_rate: 0.05, warmup_frac: 0.0, fused: {str(merged).lower()}}}",
         "--data.batches=random", "--trainer.max_epochs=1", f"--run.merge_adapter={merged}",
     )  # fmt: skip
     names = {path.name for path in (run / "export").rglob("*.safetensors")}
     assert names == ({"model.safetensors"} if merged else {"adapter_model.safetensors"})
     plain = load_embedder(models["qwen2_vl"], LoadSettings(pooling="lasttoken"), LoraSettings(r=2, dropout=0.0))
     before = plain.encode(["a red circle"])
-    weights = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    trained = {name.removeprefix("model."): value for name, value in weights.items()}
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["optimizer_states"][0]["param_groups"][0]["fused"] is (True if merged else None)
+    trained = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}
     missing = plain.load_state_dict(trained, strict=False)
     assert not missing.unexpected_keys
     found = SentenceTransformer(str(run / "export"), device="cpu").encode(["a red circle"])
