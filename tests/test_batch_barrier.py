@@ -108,6 +108,22 @@ def test_a_config_brings_its_own_student(
         barrier.parse([f"--config={config}", "--student=x", "--vectors=y", "--train=a", "--test=b", "--output=c"])
 
 
+def test_a_variant_takes_several_settings(barrier: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    mined: list[list[str]] = []
+
+    def mine_once(bench: Any, name: str, settings: list[str]) -> str:
+        mined.append(settings)
+        return name
+
+    monkeypatch.setattr(barrier, "mine_once", mine_once)
+    variant = "hard=--remine.enabled=true --data.mining={first_rank: 0, n_negatives: 1}"
+    wanted = ("--train=a", "--vectors=b", "--student=c", "--output=d", "--mined", "--random", f"--variant={variant}")
+    (arm,) = barrier.arms_of(barrier.parse(wanted), None)
+    assert mined[1:] == [["--data.mining={first_rank: 0, n_negatives: 1}"]]
+    assert arm.name == "mined@64 hard"
+    assert arm.settings == ("--remine.enabled=true", *mined[1], "--data.plan=hard")
+
+
 def test_differences_are_of_the_means_over_seeds(barrier: ModuleType) -> None:
     def seed(hits: list[float]) -> dict[str, torch.Tensor]:
         return dict.fromkeys(barrier.METRICS, torch.tensor(hits, dtype=torch.float32))
