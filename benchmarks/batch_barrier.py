@@ -11,8 +11,8 @@ first seed; TEST is scored with the exports of the chosen points only, and witho
 validation part, so that much may be tried before the test is looked at. Every arm passes over the same rows equally
 often, and is scored after its last step. ``--static`` makes the student of MODEL's word embeddings alone, on their
 leading principal axes; with ``--config``, student and teacher are that file's. A run is one ``fit`` on the command
-line; those that are done are not repeated. ``--variant "NAME=SETTING [SETTING ...]"`` adds the arm ``mined@64`` with
-settings of the command line changed.
+line; those that are done are not repeated. ``--variant "NAME[@SIZE]=SETTING [SETTING ...]"`` adds a mined arm, of 64
+where no size is given, with settings of the command line changed.
 """
 
 from __future__ import annotations
@@ -320,7 +320,7 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--random", type=int, nargs="*", default=[16, 64, 256, 1024, 4096])
     parser.add_argument("--mining", default="{first_rank: 5, n_ranks: 100, cluster_size: 8}")
     parser.add_argument("--val-share", type=float, default=0.1)
-    parser.add_argument("--variant", action="append", default=[], metavar="NAME=SETTING ...")
+    parser.add_argument("--variant", action="append", default=[], metavar="NAME[@SIZE]=SETTING ...")
     parser.add_argument("--fit", action="append", default=[], metavar="SETTING", help="for every run")
     parser.add_argument("--search-fit", action="append", default=[], metavar="SETTING", help="for those of the search")
     parser.add_argument("--together", type=int, default=1, help="runs side by side")
@@ -371,10 +371,11 @@ def arms_of(given: argparse.Namespace, bench: Bench) -> Iterator[Arm]:
         if size in given.random:
             yield Arm("random", size)
     for variant in given.variant:
-        name, given_settings = variant.split("=", 1)
+        named, given_settings = variant.split("=", 1)
+        name, _, size = named.partition("@")
         settings = tuple(re.split(r" +(?=--)", given_settings))
         mining = [setting for setting in settings if setting.startswith("--data.mining")]
-        yield Arm("b3", 64, name, (*settings, *(plan(name, mining) if mining else default)))
+        yield Arm("b3", int(size or 64), name, (*settings, *(plan(name, mining) if mining else default)))
 
 
 if __name__ == "__main__":

@@ -116,11 +116,11 @@ def test_a_variant_takes_several_settings(barrier: ModuleType, monkeypatch: pyte
         return name
 
     monkeypatch.setattr(barrier, "mine_once", mine_once)
-    variant = "hard=--remine.enabled=true --data.mining={first_rank: 0, n_negatives: 1}"
+    variant = "hard@16=--remine.enabled=true --data.mining={first_rank: 0, n_negatives: 1}"
     wanted = ("--train=a", "--vectors=b", "--student=c", "--output=d", "--mined", "--random", f"--variant={variant}")
     (arm,) = barrier.arms_of(barrier.parse(wanted), None)
     assert mined[1:] == [["--data.mining={first_rank: 0, n_negatives: 1}"]]
-    assert arm.name == "mined@64 hard"
+    assert arm.name == "mined@16 hard"
     assert arm.settings == ("--remine.enabled=true", *mined[1], "--data.plan=hard")
 
 
