@@ -13,13 +13,13 @@ import argparse
 import io
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import resvg_py
 from PIL import Image
+
+from b3_lightning.data.glyphs import write_pictures
 
 LICENCES = ("MIT", "Apache-2.0", "ISC")
 CATEGORIES = ("UI 24px", "UI 16px / 32px", "UI Other / Mixed Grid", "Material")
@@ -43,10 +43,11 @@ def main() -> None:
         ("test", sets[: len(sets) // 5], given.test),
         ("train", sets[len(sets) // 5 :], given.train),
     ):
-        icons = [(one, icon) for one in share for icon in icons_of(given.package, one)]
+        icons = [icon for prefix in share for icon in icons_of(given.package, prefix)]
         chance.shuffle(icons)
-        write(given.output, name, icons, count, given.size, seen)
-        print(f"{name}: {count} of {len(icons)} icons of {len(share)} sets")
+        drawn = draw_unseen(icons, count, given.size, seen)
+        write_pictures(given.output, name, [(f"{name}{i:06d}", *one) for i, one in enumerate(drawn)])
+        print(f"{name}: {len(drawn)} of {len(icons)} icons of {len(share)} sets")
 
 
 def wanted_sets(package: Path) -> list[str]:
@@ -72,25 +73,19 @@ def icons_of(package: Path, prefix: str) -> Iterator[tuple[str, str]]:
         yield words, f"{head}{icon['body']}</svg>"
 
 
-def write(
-    output: Path, part: str, icons: list[tuple[str, tuple[str, str]]], count: int, size: int, seen: set[bytes]
-) -> None:
-    """The first so many that look like none before, as PNG files and a table."""
-    (output / "images").mkdir(parents=True, exist_ok=True)
-    paths, names = [], []
-    for _, (words, svg) in icons:
+def draw_unseen(
+    icons: Iterable[tuple[str, str]], count: int, size: int, seen: set[bytes]
+) -> list[tuple[str, Image.Image]]:
+    """(name, picture) of the first so many that look like none in ``seen``, to which they are added."""
+    found = []
+    for words, svg in icons:
         picture = draw(svg, size)
-        if picture.tobytes() in seen:
-            continue
-        seen.add(picture.tobytes())
-        paths.append(f"images/{part}{len(paths):06d}.png")
-        names.append(words)
-        picture.save(output / paths[-1])
-        if len(paths) == count:
+        if picture.tobytes() not in seen:
+            seen.add(picture.tobytes())
+            found.append((words, picture))
+        if len(found) == count:
             break
-    none = [""] * len(paths)
-    columns = {"qry": none, "qry_image_path": paths, "pos_text": names, "pos_image_path": none}
-    pq.write_table(pa.table(columns), output / f"{part}.parquet")
+    return found
 
 
 def draw(svg: str, size: int) -> Image.Image:

@@ -31,6 +31,7 @@ from transformers import Qwen2VLModel  # noqa: E402
 from b3_lightning.data.pairs import PairSource, load_pairs  # noqa: E402
 
 SHOWN = ("retrieval", "classification", "vqa", "grounding", "IND", "OOD", "all")
+WANTED = ("output", "seeds", "arms", "start", "together")
 ARMS = {
     "random": (f"--config={ROOT / 'configs' / 'ablations' / 'random.yaml'}",),
     "mined": (),
@@ -91,19 +92,24 @@ def evaluate(folder: Path, name: str) -> dict[str, float]:
 
 
 def _run(done: Path, *command: str) -> None:
-    told = done.with_name(f"{done.stem}.command.json")
     if done.exists():
-        if json.loads(told.read_text()) != list(command):
-            sys.exit(f"{done} was made by another command ({told}); give --output another folder")
         return
-    told.parent.mkdir(parents=True, exist_ok=True)
-    told.write_text(json.dumps(command))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     ended = subprocess.run(
         [sys.executable, "-m", "b3_lightning", *command], env=environment, capture_output=True, text=True
     )
     if ended.returncode:
         sys.exit(ended.stderr[-3000:])
+
+
+def refuse_other_settings(folder: Path, given: argparse.Namespace) -> None:
+    """A folder's data and runs share all settings but those that say which of them are wanted."""
+    settings = {name: value for name, value in vars(given).items() if name not in WANTED}
+    told = folder / "settings.json"
+    if (folder / "model").is_dir() and (not told.is_file() or json.loads(told.read_text()) != settings):
+        sys.exit(f"{folder} was made with other settings ({told}); give --output another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    told.write_text(json.dumps(settings, indent=1))
 
 
 def main() -> None:
@@ -130,6 +136,7 @@ def main() -> None:
     parser.add_argument("--together", type=int, default=2, help="runs at a time")
     given = parser.parse_args()
     folder = given.output.resolve()
+    refuse_other_settings(folder, given)
     if not (folder / "model").is_dir():
         write_data(folder, given)
     untrained, teacher = folder / "model", folder / "teacher" / "export"

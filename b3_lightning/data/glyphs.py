@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -31,19 +32,26 @@ def write_glyphs(output: str, size: int = 32, seed: int = 0) -> None:
     test, train = pictures[:_N_TEST], pictures[_N_TEST:]
     seen = {image.tobytes() for _, _, image in train}
     unseen = [entry for entry in test if entry[2].tobytes() not in seen]
+    for part, entries in (("train", train), ("test", unseen)):
+        write_pictures(folder, part, [(f"{code:05x}", name, image) for code, name, image in entries])
+
+
+def write_pictures(folder: Path, part: str, pictures: Sequence[tuple[str, str, Image.Image]]) -> None:
+    """Write PART.parquet, whose queries are pictures and whose targets their names, and the pictures as PNG files.
+
+    Args:
+        folder: into which the table goes; the pictures go into its folder ``images``.
+        part: name of the table.
+        pictures: (name of the file without its ending, name of what is to be seen, picture) of each.
+    """
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    for name, entries in (("train", train), ("test", unseen)):
-        for code, _, image in entries:
-            image.save(folder / "images" / f"{code:05x}.png")
-        table = pa.table(
-            {
-                "qry": [""] * len(entries),
-                "qry_image_path": [f"images/{code:05x}.png" for code, _, _ in entries],
-                "pos_text": [text for _, text, _ in entries],
-                "pos_image_path": [""] * len(entries),
-            }
-        )
-        write_atomic(folder / f"{name}.parquet", lambda path, table=table: pq.write_table(table, path))  # type: ignore[misc]
+    paths = [f"images/{file}.png" for file, _, _ in pictures]
+    for path, (_, _, image) in zip(paths, pictures, strict=True):
+        image.save(folder / path)
+    none = [""] * len(pictures)
+    names = [name for _, name, _ in pictures]
+    table = pa.table({"qry": none, "qry_image_path": paths, "pos_text": names, "pos_image_path": none})
+    write_atomic(folder / f"{part}.parquet", lambda path: pq.write_table(table, path))
 
 
 def _draw_all(size: int) -> list[tuple[int, str, Image.Image]]:

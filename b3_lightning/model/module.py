@@ -339,9 +339,8 @@ class ContrastiveModule(L.LightningModule):
         if scalars := [*(p for p in trained if p.ndim == 0), *self.temperature.parameters()]:
             # never cut over processes, so they cannot be stepped together with what may be
             groups.append({"params": scalars, "weight_decay": 0.0})
-        optimizer = torch.optim.AdamW(
-            groups, lr=self.optim.learning_rate, fused=self.optim.fused or None
-        )  # False would switch foreach off too
+        fused = self.optim.fused or None  # False would switch foreach off too
+        optimizer = torch.optim.AdamW(groups, lr=self.optim.learning_rate, fused=fused)
         total_steps = self.trainer.datamodule.total_steps()  # type: ignore[attr-defined]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optim.factor(step, total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
