@@ -251,9 +251,10 @@ def keep_used(described: dict[str, Any], texts: list[str]) -> list[int]:
     return [vocabulary[token] for token in kept]
 
 
-def mine_once(bench: Bench, name: str, settings: Sequence[str]) -> str:
-    """The folder of a plan that all runs of a setting share."""
-    plan, data = bench.folder / "plans" / name, bench.folder / "data"
+def mine_once(bench: Bench, settings: Sequence[str]) -> str:
+    """The folder of a plan that all runs with these settings share."""
+    key = hashlib.sha256(json.dumps([bench.mining, *settings]).encode()).hexdigest()[:8]
+    plan, data = bench.folder / "plans" / key, bench.folder / "data"
     if not (plan / "plan.json").is_file():
         b3([
             "mine", *bench.config, f"--output={plan}", f"--data.train_pairs={data}/train.parquet",
@@ -361,10 +362,10 @@ def arms_of(given: argparse.Namespace, bench: Bench) -> Iterator[Arm]:
     With a config there is none to share: its runs mine as it says.
     """
 
-    def plan(name: str, settings: Sequence[str]) -> tuple[str, ...]:
-        return () if given.config else (f"--data.plan={mine_once(bench, name, settings)}",)
+    def plan(settings: Sequence[str]) -> tuple[str, ...]:
+        return () if given.config else (f"--data.plan={mine_once(bench, settings)}",)
 
-    default = plan(hashlib.sha256(given.mining.encode()).hexdigest()[:8], [])
+    default = plan([])
     for size in sorted({*given.mined, *given.random}):
         if size in given.mined:
             yield Arm("b3", size, settings=default)
@@ -375,7 +376,7 @@ def arms_of(given: argparse.Namespace, bench: Bench) -> Iterator[Arm]:
         name, _, size = named.partition("@")
         settings = tuple(re.split(r" +(?=--)", given_settings))
         mining = [setting for setting in settings if setting.startswith("--data.mining")]
-        yield Arm("b3", int(size or 64), name, (*settings, *(plan(name, mining) if mining else default)))
+        yield Arm("b3", int(size or 64), name, (*settings, *(plan(mining) if mining else default)))
 
 
 if __name__ == "__main__":

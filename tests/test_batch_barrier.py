@@ -108,20 +108,25 @@ def test_a_config_brings_its_own_student(
         barrier.parse([f"--config={config}", "--student=x", "--vectors=y", "--train=a", "--test=b", "--output=c"])
 
 
-def test_a_variant_takes_several_settings(barrier: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variant_takes_several_settings(tmp_path: Path, barrier: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def b3(command: list[str]) -> None:
+        mined.append(command)
+
     mined: list[list[str]] = []
-
-    def mine_once(bench: Any, name: str, settings: list[str]) -> str:
-        mined.append(settings)
-        return name
-
-    monkeypatch.setattr(barrier, "mine_once", mine_once)
-    variant = "hard@16=--remine.enabled=true --data.mining={first_rank: 0, n_negatives: 1}"
-    wanted = ("--train=a", "--vectors=b", "--student=c", "--output=d", "--mined", "--random", f"--variant={variant}")
-    (arm,) = barrier.arms_of(barrier.parse(wanted), None)
-    assert mined[1:] == [["--data.mining={first_rank: 0, n_negatives: 1}"]]
+    monkeypatch.setattr(barrier, "b3", b3)
+    hard = "--data.mining={first_rank: 0, n_negatives: 1}"
+    wanted = ("--train=a", "--vectors=b", "--student=c", "--output=d", "--mined=16", "--random")
+    variants = (f"--variant=hard@16=--remine.enabled=true {hard}", "--variant=hard=--data.mining.n_ranks=7")
+    bench = barrier.Bench(tmp_path, ("--data.teacher=b",), 1, barrier.Point(0.1, 0.1), (0,), (), "{n_ranks: 9}")
+    default, arm, other = barrier.arms_of(barrier.parse([*wanted, *variants]), bench)
+    assert [command[-1] for command in mined[1:]] == [hard, "--data.mining.n_ranks=7"]
     assert arm.name == "mined@16 hard"
-    assert arm.settings == ("--remine.enabled=true", *mined[1], "--data.plan=hard")
+    assert arm.settings[:2] == ("--remine.enabled=true", hard)
+    # one name, other settings: another plan, of which runs and miner know the same folder
+    plans = [one.settings[-1].removeprefix("--data.plan=") for one in (default, arm, other)]
+    outputs = [next(word for word in command if word.startswith("--output=")) for command in mined]
+    assert outputs == [f"--output={plan}" for plan in plans]
+    assert len(set(plans)) == 3
 
 
 def test_differences_are_of_the_means_over_seeds(barrier: ModuleType) -> None:

@@ -102,6 +102,10 @@ data:
         (["--data.mining.min_recall=0.9"], "min_recall=0.9 is without effect .* or leave min_recall at 0.95"),
         (["--model.embedder=null"], "fit needs model.embedder: --model.embedder=PATH_OR_NAME"),
         (["--data.bach_size=8"], "no setting data.bach_size; did you mean data.batch_size"),
+        (
+            ["--model.optim.fused=true", "--trainer.precision=bf16-mixed", "--trainer.gradient_clip_val=1"],
+            "fused=true with --trainer.precision=bf16-mixed and gradients clipped at 1: .*Leave out model.optim.fused",
+        ),
         (["--data.mining.per-task.OK-VQA.first_rank=0"], "per_task names unknown tasks .'OK-VQA'."),
     ],
 )

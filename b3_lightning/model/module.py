@@ -6,11 +6,10 @@ scored against (positives of all processes, then their hard negatives), D = dime
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from dataclasses import replace
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -39,6 +38,7 @@ from b3_lightning.model.fused import FusedEmbedder
 from b3_lightning.model.gradcache import Encode, GradCache, check_chunkable
 from b3_lightning.model.loss import LossSettings, Rows, Temperature, info_nce, same_key
 from b3_lightning.model.metrics import RetrievalMetrics
+from b3_lightning.model.optim import OptimSettings
 from b3_lightning.model.sharding import (
     EqualPasses,
     FullyShardedStrategy,
@@ -51,36 +51,6 @@ from b3_lightning.model.sharding import (
     whole_weights,
 )
 from b3_lightning.types import ChunkSettings
-
-
-@dataclass(frozen=True)
-class OptimSettings:
-    """AdamW with linear warm-up, then decay to 0.
-
-    Args:
-        learning_rate: at its peak.
-        weight_decay: of matrices; biases and norms have none.
-        warmup_frac: share of all steps that the rate rises.
-        schedule: how it falls afterwards.
-        fused: step in one kernel, several times faster where the optimiser takes a share of the time that counts
-            (large tables of word vectors on a CPU). Lightning refuses it with mixed precision and clipped gradients.
-    """
-
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.01
-    warmup_frac: float = 0.1
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    fused: bool = False
-
-    def factor(self, step: int, total_steps: int) -> float:
-        """The rate at a step as a share of its peak."""
-        warmup = max(1, round(self.warmup_frac * total_steps))
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-        if self.schedule == "linear":
-            return 1 - progress
-        return 0.5 * (1 + math.cos(math.pi * progress)) if self.schedule == "cosine" else 1.0
 
 
 class ContrastiveModule(L.LightningModule):
@@ -106,7 +76,7 @@ class ContrastiveModule(L.LightningModule):
         load: LoadSettings = LoadSettings(),  # noqa: B008 - frozen
         lora: LoraSettings | None = None,
         loss: LossSettings = LossSettings(),  # noqa: B008 - frozen
-        optim: OptimSettings = OptimSettings(),
+        optim: OptimSettings = OptimSettings(),  # noqa: B008 - frozen
         chunks: ChunkSettings | None = None,
         teacher_load: LoadSettings | None = None,
         fuse_teacher: bool = False,
@@ -331,16 +301,8 @@ class ContrastiveModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         check_trained_dtype(self.embedder, str(self.trainer.precision))
-        trained = [parameter for parameter in self.embedder.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.optim.weight_decay},
-            {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
-        ]
-        if scalars := [*(p for p in trained if p.ndim == 0), *self.temperature.parameters()]:
-            # never cut over processes, so they cannot be stepped together with what may be
-            groups.append({"params": scalars, "weight_decay": 0.0})
-        fused = self.optim.fused or None  # False would switch foreach off too
-        optimizer = torch.optim.AdamW(groups, lr=self.optim.learning_rate, fused=fused)
+        self.optim.check_clippable(self.trainer.precision_plugin, self.trainer.gradient_clip_val)
+        optimizer = self.optim.make(self.embedder, self.temperature)
         total_steps = self.trainer.datamodule.total_steps()  # type: ignore[attr-defined]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optim.factor(step, total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

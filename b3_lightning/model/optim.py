@@ -1,0 +1,71 @@
+"""``OptimSettings`` and the optimiser and schedule that they ask for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from torch import nn
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """AdamW with linear warm-up, then decay to 0.
+
+    Args:
+        learning_rate: at its peak.
+        weight_decay: of matrices; biases and norms have none.
+        warmup_frac: share of all steps that the rate rises.
+        schedule: how it falls afterwards.
+        fused: step in one kernel, several times faster where the optimiser takes a share of the time that counts
+            (large tables of word vectors on a CPU). Not with mixed precision and clipped gradients together.
+    """
+
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    warmup_frac: float = 0.1
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    fused: bool = False
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """The rate at a step as a share of its peak."""
+        warmup = max(1, round(self.warmup_frac * total_steps))
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        if self.schedule == "linear":
+            return 1 - progress
+        return 0.5 * (1 + math.cos(math.pi * progress)) if self.schedule == "cosine" else 1.0
+
+    def check_clippable(self, precision: Precision, clip: float | None) -> None:
+        """Refuse what Lightning would refuse at the first step, after hours of mining.
+
+        Args:
+            precision: the trainer's plugin.
+            clip: its ``gradient_clip_val``.
+
+        Raises:
+            ValueError: for a fused step, mixed precision and clipped gradients together.
+        """
+        if self.fused and clip and isinstance(precision, MixedPrecision):
+            raise ValueError(
+                f"model.optim.fused=true with --trainer.precision={precision.precision} and gradients clipped at "
+                f"{clip:g}: Lightning clips no gradients of a fused optimiser in mixed precision. Leave out "
+                "model.optim.fused, or set --trainer.gradient_clip_val=null, or another --trainer.precision"
+            )
+
+    def make(self, embedder: nn.Module, temperature: nn.Module) -> torch.optim.AdamW:
+        """AdamW over what is trained of the two, without decay of biases, norms and temperatures."""
+        trained = [parameter for parameter in embedder.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
+        ]
+        if scalars := [*(p for p in trained if p.ndim == 0), *temperature.parameters()]:
+            # never cut over processes, so they cannot be stepped together with what may be
+            groups.append({"params": scalars, "weight_decay": 0.0})
+        # None where not fused: False would switch foreach off too
+        return torch.optim.AdamW(groups, lr=self.learning_rate, fused=self.fused or None)
