@@ -213,6 +213,18 @@ def test_a_baseline_tells_what_it_leaves_without_effect(caplog: pytest.LogCaptur
     assert _holds(caplog.text, "WARNING .*mines nothing; without effect: data.mining, data.mined_frac, remine\n")
 
 
+@pytest.mark.usefixtures("told")
+def test_batches_that_are_hardly_harder_than_random_ones_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    mine = ["mine", "--config=config.yaml", "--data.mining.n_ranks=1"]
+    main([*mine, "--output=loose"])
+    assert _holds(caplog.text, r"WARNING .*\d+% of the rows have no edge .* Raise data.mining.n_ranks or .*start_epoch")
+    for kind in ("n_ranks=30", "communities=none"):
+        caplog.clear()
+        main([*mine, f"--data.mining.{kind}", f"--output={kind}"])
+        assert "mined in" in caplog.text
+        assert "no edge" not in caplog.text
+
+
 def test_running_out_of_memory_is_answered_with_what_helps(told: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")

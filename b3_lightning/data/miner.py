@@ -138,7 +138,7 @@ class PairMiner:
                 return None
             mined = mine(*vector_pair, **about, batch_size=self.batch_size, progress=progress)
             mined = replace(mined, pairs=self.train.fingerprint)
-        log.info("mined in %.1f s: %s", sum(mined.seconds.values()), _in_words(mined.summary()))
+        _tell(mined)
         return mined
 
     def what_if(self, questions: Questions) -> list[TaskAnswer] | None:
@@ -246,9 +246,19 @@ def mix(teacher: Embeddings, student: Embeddings, teacher_weight: float) -> Embe
     return Embeddings.from_arrays(*sides)
 
 
-def _in_words(summary: dict[str, float]) -> str:
+def _tell(mined: MinedPlan) -> None:
+    """Log what was mined, and warn where that is little more than random batches."""
+    summary = mined.summary()
     hardness = " / ".join(f"{summary[f'hardness_{name}']:.2f}" for name in ("random", "mined", "best"))
-    return (
-        f"{summary['n_edges']:,.0f} edges, {summary['kept_frac']:.1%} of them inside {summary['n_clusters']:,.0f} "
-        f"clusters, {summary['n_fillers']:,.0f} fillers; hardness {hardness} (random / mined / best)"
-    )
+    log.info(
+        "mined in %.1f s: %s edges, %.1f%% of them inside %s clusters, %s fillers; hardness %s (random / mined / best)",
+        summary["seconds"], f"{summary['n_edges']:,.0f}", 100 * summary["kept_frac"],
+        f"{summary['n_clusters']:,.0f}", f"{summary['n_fillers']:,.0f}", hardness,
+    )  # fmt: skip
+    if mined.settings.communities != "none" and summary["n_fillers"] > summary["n_rows"] / 2:
+        log.warning(
+            "%.0f%% of the rows have no edge inside their cluster: batches will be little harder than random ones. "
+            "Raise data.mining.n_ranks or set data.mining.edges=either; where a student mines, it may be too weak "
+            "yet: raise remine.start_epoch",
+            100 * summary["n_fillers"] / summary["n_rows"],
+        )
