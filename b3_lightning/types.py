@@ -230,6 +230,13 @@ class Edges:
         keep_E = label_N[self.source_E] == label_N[self.target_E]
         return Edges(self.source_E[keep_E], self.target_E[keep_E], self.weight_E[keep_E], self.n_rows)
 
+    def is_joined(self) -> Tensor:
+        """(N,) bool: whether a row has an edge."""
+        joined_N = torch.zeros(self.n_rows, dtype=torch.bool)
+        joined_N[self.source_E] = True
+        joined_N[self.target_E] = True
+        return joined_N
+
 
 @dataclass(frozen=True, slots=True)
 class Communities:

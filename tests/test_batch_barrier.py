@@ -109,11 +109,8 @@ def test_a_config_brings_its_own_student(
 
 
 def test_a_variant_takes_several_settings(tmp_path: Path, barrier: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    def b3(command: list[str]) -> None:
-        mined.append(command)
-
     mined: list[list[str]] = []
-    monkeypatch.setattr(barrier, "b3", b3)
+    monkeypatch.setattr(barrier, "b3", mined.append)
     hard = "--data.mining={first_rank: 0, n_negatives: 1}"
     wanted = ("--train=a", "--vectors=b", "--student=c", "--output=d", "--mined=16", "--random")
     variants = (f"--variant=hard@16=--remine.enabled=true {hard}", "--variant=hard=--data.mining.n_ranks=7")
@@ -121,12 +118,12 @@ def test_a_variant_takes_several_settings(tmp_path: Path, barrier: ModuleType, m
     default, arm, other = barrier.arms_of(barrier.parse([*wanted, *variants]), bench)
     assert [command[-1] for command in mined[1:]] == [hard, "--data.mining.n_ranks=7"]
     assert arm.name == "mined@16 hard"
-    assert arm.settings[:2] == ("--remine.enabled=true", hard)
     # one name, other settings: another plan, of which runs and miner know the same folder
     plans = [one.settings[-1].removeprefix("--data.plan=") for one in (default, arm, other)]
     outputs = [next(word for word in command if word.startswith("--output=")) for command in mined]
     assert outputs == [f"--output={plan}" for plan in plans]
     assert len(set(plans)) == 3
+    assert arm.settings == ("--remine.enabled=true", hard, f"--data.plan={plans[1]}")
 
 
 def test_differences_are_of_the_means_over_seeds(barrier: ModuleType) -> None:

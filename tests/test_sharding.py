@@ -77,8 +77,9 @@ def _backward(module: ContrastiveModule, batch: dict[str, Any]) -> None:
     module.lr_schedulers = lambda: schedule  # type: ignore[method-assign, assignment, return-value]
     rank = dist.get_rank() if dist.is_initialized() else 0
     data = SimpleNamespace(total_steps=lambda: 10)
-    about = {"precision": "64-true", "precision_plugin": plugin, "global_rank": rank, "datamodule": data}
-    trainer = SimpleNamespace(**about, gradient_clip_val=None)
+    trainer = SimpleNamespace(
+        precision="64-true", precision_plugin=plugin, gradient_clip_val=None, global_rank=rank, datamodule=data
+    )
     module._trainer = trainer  # type: ignore[assignment]
     module.backward(module.training_step(_as_double(batch), 0)["loss"])
 

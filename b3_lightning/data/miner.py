@@ -249,12 +249,7 @@ def mix(teacher: Embeddings, student: Embeddings, teacher_weight: float) -> Embe
 def _tell(mined: MinedPlan) -> None:
     """Log what was mined, and warn where that is little more than random batches."""
     summary = mined.summary()
-    hardness = " / ".join(f"{summary[f'hardness_{name}']:.2f}" for name in ("random", "mined", "best"))
-    log.info(
-        "mined in %.1f s: %s edges, %.1f%% of them inside %s clusters, %s fillers; hardness %s (random / mined / best)",
-        summary["seconds"], f"{summary['n_edges']:,.0f}", 100 * summary["kept_frac"],
-        f"{summary['n_clusters']:,.0f}", f"{summary['n_fillers']:,.0f}", hardness,
-    )  # fmt: skip
+    log.info("mined in %.1f s: %s", summary["seconds"], _in_words(summary))
     if mined.settings.communities != "none" and summary["n_fillers"] > summary["n_rows"] / 2:
         log.warning(
             "%.0f%% of the rows have no edge inside their cluster: batches will be little harder than random ones. "
@@ -262,3 +257,11 @@ def _tell(mined: MinedPlan) -> None:
             "yet: raise remine.start_epoch",
             100 * summary["n_fillers"] / summary["n_rows"],
         )
+
+
+def _in_words(summary: dict[str, float]) -> str:
+    hardness = " / ".join(f"{summary[f'hardness_{name}']:.2f}" for name in ("random", "mined", "best"))
+    return (
+        f"{summary['n_edges']:,.0f} edges, {summary['kept_frac']:.1%} of them inside {summary['n_clusters']:,.0f} "
+        f"clusters, {summary['n_fillers']:,.0f} fillers; hardness {hardness} (random / mined / best)"
+    )

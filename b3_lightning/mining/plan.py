@@ -93,20 +93,14 @@ class MinedPlan:
     def _summary(self) -> dict[str, float]:
         cluster_N = self.clusters.cluster_of_row()
         kept = self.edges.within(cluster_N)
-        has_edge_N = torch.zeros(self.n_rows, dtype=torch.bool)
-        has_edge_N[self.edges.source_E] = True
-        has_edge_N[self.edges.target_E] = True
-        at_home_N = torch.zeros(self.n_rows, dtype=torch.bool)
-        at_home_N[kept.source_E] = True
-        at_home_N[kept.target_E] = True
         return {
             "n_rows": self.n_rows,
             "n_edges": len(self.edges),
             "n_communities": len(self.communities),
             "n_clusters": len(self.clusters),
             "kept_frac": len(kept) / max(1, len(self.edges)),
-            "n_rows_without_edge": int((~has_edge_N).sum()),
-            "n_fillers": int((~at_home_N).sum()),
+            "n_rows_without_edge": int((~self.edges.is_joined()).sum()),
+            "n_fillers": int((~kept.is_joined()).sum()),
             "n_masked": int(self.window.masked_NW.sum()),
             "n_negatives_lacking": int((self.negative_NH == PADDING).sum()),
             **{f"hardness_{name}": value for name, value in self.hardness.items() if name != "batch_size"},
