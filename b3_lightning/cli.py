@@ -31,6 +31,7 @@ from b3_lightning.callbacks import (
 from b3_lightning.callbacks.requeue import where_to_begin
 from b3_lightning.checkpoints import CheckedCheckpointIO, StepCheckpoint
 from b3_lightning.data import PairsDataModule
+from b3_lightning.mining.store import check_folder
 from b3_lightning.mistakes import Parser, check_command, check_devices, tell_idle, tell_weights, told
 from b3_lightning.model import ContrastiveModule, FullyShardedStrategy
 from b3_lightning.reports.compare import keep_old_metrics
@@ -208,6 +209,7 @@ class B3CLI(LightningCLI):
         super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
+        check_folder(Path(self.run.dir))
         given = self._get(self.config, "ckpt_path")
         self.config_init["fit"]["ckpt_path"] = where_to_begin(Path(self.run.dir), self.parser_dump(), given)
         self._get(self.config_init, "remine").check(self.datamodule, self.trainer)
@@ -224,11 +226,13 @@ class B3CLI(LightningCLI):
 
     def before_mine(self) -> None:
         output = Path(self._get(self.config, "output"))
+        check_folder(output)
         if (output / "plan.json").exists():
             raise ValueError(f"output={output} holds another plan; name a new folder")
         self.datamodule.load("train")
 
     def before_plan(self) -> None:
+        check_folder(Path(self._get(self.config, "output") or self.run.dir))
         self.datamodule.load("train")
 
     def before_validate(self) -> None:

@@ -8,6 +8,7 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +21,7 @@ from b3_lightning.callbacks import Remine
 from b3_lightning.callbacks.export import is_export
 from b3_lightning.checkpoints import existing_checkpoint
 from b3_lightning.data import PairsDataModule
-from b3_lightning.mining import MiningSettings
+from b3_lightning.mining import MinedPlan, MiningSettings
 from b3_lightning.model.embedder import SmallEmbedder
 from b3_lightning.options import as_known, nearest
 
@@ -115,7 +116,7 @@ def tell_weights(ckpt_path: str | None, embedder: str | SmallEmbedder, run: Path
 
 
 def tell_idle(data: PairsDataModule, remine: Remine) -> None:
-    """Warn of settings that random batches leave without effect: a baseline shares them with the run beside it."""
+    """Warn of settings that random batches or a plan leave without effect: a baseline shares them with its rival."""
     given = {
         "data.mining": data.mining != MiningSettings(),
         "data.teacher": data.teacher != "student",
@@ -126,6 +127,21 @@ def tell_idle(data: PairsDataModule, remine: Remine) -> None:
     idle = [name for name, changed in given.items() if changed]
     if data.batches == "random" and idle:
         log.warning("data.batches=random mines nothing; without effect: %s", ", ".join(idle))
+    elif data.plan_folder is not None and not remine.enabled:
+        _tell_other_plan(data.mining, data.plan_folder)
+
+
+def _tell_other_plan(mining: MiningSettings, folder: str) -> None:
+    """Warn of settings of mining that somebody changed, where the plan was mined with others and stays."""
+    planned, default = MinedPlan.settings_of(folder), MiningSettings()
+    names = [field.name for field in fields(mining)]
+    other = [name for name in names if getattr(mining, name) not in (getattr(planned, name), getattr(default, name))]
+    if other:
+        log.warning(
+            "data.plan=%s was mined with %s: data.mining is without effect there, since nothing is mined again",
+            folder,
+            ", ".join(f"{name}={getattr(planned, name)}, not {getattr(mining, name)}" for name in other),
+        )
 
 
 def told(error: Exception) -> str | None:

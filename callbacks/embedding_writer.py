@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from b3_lightning.data.miner import processes_of
 from b3_lightning.mining.store import write_atomic
+
+log = logging.getLogger(__name__)
 
 Share = dict[str, Tensor]
 
@@ -39,14 +42,14 @@ class EmbeddingWriter(BasePredictionWriter):
         folder, processes = Path(trainer.default_root_dir), processes_of(trainer)
         path = folder / "embeddings.safetensors"
         if processes.world_size == 1:
-            _write(path, join([own]))
+            _write_all(path, [own])
             return
         shares = [folder / f"embeddings-of-process-{rank}.safetensors" for rank in range(processes.world_size)]
         with processes.failing_together():
             _write(shares[processes.rank], own)
             processes.barrier()
             if processes.rank == 0:
-                _write(path, join([load_file(share) for share in shares]))
+                _write_all(path, [load_file(share) for share in shares])
                 for share in shares:
                     share.unlink()
             processes.barrier()
@@ -59,6 +62,13 @@ def join(shares: Sequence[Share]) -> Share:
     first_R = torch.ones(len(row_R), dtype=torch.bool)
     first_R[1:] = row_R[1:] != row_R[:-1]
     return {name: values[order_R[first_R]].contiguous() for name, values in whole.items()}
+
+
+def _write_all(path: Path, shares: Sequence[Share]) -> None:
+    whole = join(shares)
+    _write(path, whole)
+    n_rows, n_dims = whole["query"].shape
+    log.info("embeddings: %s (row, query and target of %s rows, %d dimensions)", path, f"{n_rows:,}", n_dims)
 
 
 def _write(path: Path, tensors: Share) -> None:

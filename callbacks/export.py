@@ -66,6 +66,7 @@ class Export(Callback):
         _name_dora_weights(temporary)
         card = self._card(trainer, best, told_prompts(prompts, kept))
         (temporary / "README.md").write_text(card, encoding="utf-8")
+        _as_readable(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
         log.info("exported to %s", folder)
@@ -87,6 +88,14 @@ class Export(Callback):
             f"{prompts}## Training\n\n```yaml\n{self.description.strip()}\n```\n\n"
             f"## Last validation\n\n| metric | value |\n|---|---|\n{metrics}\n"
         )
+
+
+def _as_readable(folder: Path) -> None:
+    """Give all files the mode of the card: safetensors makes files that only their owner can read."""
+    mode = (folder / "README.md").stat().st_mode
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def keep_prompts(embedder: Any, prompts: Prompts) -> dict[str, str]:

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from b3_lightning.cli import main
 from b3_lightning.evaluation.bootstrap import PairedDifference, paired_bootstrap
 from b3_lightning.model.metrics import RetrievalMetrics, rank_metrics
-from b3_lightning.reports.compare import Comparison, _table, significance
+from b3_lightning.reports.compare import SHOWN, Comparison, _table, significance
 from b3_lightning.reports.offline import is_number, read_offline_run
 from b3_lightning.reports.runs import Ranks, Run, load_runs
 
@@ -140,7 +140,7 @@ def test_two_runs_are_printed_with_interval_settings_and_a_page(
     assert "│ val/mrr │ 0.5000 │ 0.7000 │" in said
     assert "│ step │ 20 │ 30 │" in said  # the steps of the best MRR
     assert "data.batches" in said
-    assert "points above one/run, 95% interval over 200 queries" in said
+    assert "points above one/run, both at their best val/mrr; 95% over 200 queries" in said
     assert "+56.25 [" in said  # MRR: 150 of 200 queries go from 1/4 to 1
     assert "better" in said
     page = (tmp_path / "page.html").read_text()
@@ -154,13 +154,13 @@ def test_two_runs_are_printed_with_interval_settings_and_a_page(
 def test_a_loss_is_best_where_it_is_lowest_and_many_runs_stand_below_each_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setenv("COLUMNS", "60")
     values: dict[str, list[float]] = {"step": [1, 2, 3], "val/loss": [3.0, 1.5, 2.0]}
     runs = [str(_run(tmp_path / f"run-{index}", values, {"seed": index})) for index in range(8)]
     main(["compare", *runs, "--metric=val/loss"])
     said = capsys.readouterr().out
     assert sum("run-" in line and "1.5000" in line for line in said.splitlines()) == 8
-    assert "no interval for run-7: no val_ranks.safetensors of run-0 and run-7" in said
+    assert "no interval for run-7: no val_ranks.safetensors of run-0 and run-7" in " ".join(said.split())
 
 
 @pytest.mark.parametrize(
@@ -286,9 +286,26 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
         assert {url.split(":")[0] for url in browser.requests} == {"file"}
 
 
+def test_nothing_is_cut_off_on_a_narrow_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [f"a-run-with-a-long-name-{index}" for index in range(6)]
+    keys = [f"remine.a_long_name_{index}" for index in range(5)]
+    values: dict[str, list[float]] = {"step": [1, 2], **{name: [0.5, 0.75] for name in (*SHOWN, "val/mrr")}}
+    runs = [str(_run(tmp_path / name, values, dict.fromkeys(keys, index))) for index, name in enumerate(names)]
+    main(["compare", *runs])
+    said = capsys.readouterr().out
+    assert "…" not in said
+    for word in (*names, *keys, *SHOWN):
+        assert word in said
+    assert max(map(len, said.splitlines())) <= 80
+
+
 def test_what_looks_like_markup_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     for names in (["[red] run"], ["[red] run"] * 9):
-        Console().print(_table("t", "setting", names, {"model.lora.target_modules": ["[q_proj]"] * len(names)}))
+        console = Console()
+        console.print(_table(console, "t", "setting", names, {"model.lora.target_modules": ["[q_proj]"] * len(names)}))
         said = capsys.readouterr().out
         assert "[red] run" in said
         assert "[q_proj]" in said

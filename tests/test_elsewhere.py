@@ -126,12 +126,18 @@ def test_triplets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "qry = anchor" in said
 
 
-def test_several_negatives_a_row(tmp_path: Path) -> None:
+def test_several_negatives_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pairs = {"qry": ["a", "b"], "pos_text": ["ta", "tb"]}
     assert _audit(tmp_path, {**pairs, "neg_text": [["x", "x"], ["tb"]]}, status=3) == {
         ("repeated_negative", 0, True),
         ("negative_is_own_positive", 1, True),
     }
+    both = {"negative": ["x", "y"], "negative_2": ["ta", "y"]}
+    assert _audit(tmp_path, {**pairs, **both}, status=3) == {
+        ("negative_is_own_positive", 0, True),
+        ("repeated_negative", 1, True),
+    }
+    assert "neg_text = negative, negative_2" in capsys.readouterr().out
     numbered = {"negative_1": ["x", "tb"], "negative_2": ["x", "z"]}
     assert _audit(tmp_path, {**pairs, **numbered}, status=3) == {
         ("repeated_negative", 0, True),
@@ -164,6 +170,41 @@ def test_batches_of_a_file(tmp_path: Path) -> None:
         ("uneven_batch", 0, True),
     }
     assert ("shared_target", 7, True) in found, "row 7 is in no batch but has row 0's target"
+
+
+def test_a_batch_counts_all_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    targets = ["t"] * 3 + ["u"] * 3 + [f"v{row}" for row in range(6)]
+    batches = [row // 3 for row in range(12)]
+    _audit(tmp_path, {"qry": [f"q{r}" for r in range(12)], "pos_text": targets, "batch": batches}, status=3)
+    said = capsys.readouterr().out
+    line = next(i for i, line in enumerate(said.splitlines()) if "one_label_batch" in line)
+    assert "│ 6 " in said.splitlines()[line]
+    assert "50.0%" in said.splitlines()[line + 1]
+
+
+@pytest.mark.usefixtures("plan")
+def test_our_own_batches_are_not_called_duplicates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _batches(tmp_path, "out.parquet", "--epochs=3")
+    np.save(tmp_path / "vectors.npy", np.random.default_rng(0).normal(size=(2, N_ROWS, 16)))
+    np.save(tmp_path / "short.npy", np.random.default_rng(0).normal(size=(2, 9, 16)))
+    main(["audit", str(tmp_path / "out.parquet")])
+    assert "nothing found" in capsys.readouterr().out
+    main(["audit", str(tmp_path / "out.parquet"), f"--vectors={tmp_path / 'vectors.npy'}"])
+    assert "suspected_false_negative" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="vectors of 9 rows, and the column 'row' names row"):
+        main(["audit", str(tmp_path / "out.parquet"), f"--vectors={tmp_path / 'short.npy'}"])
+
+
+@pytest.mark.usefixtures("plan")
+def test_what_is_read_is_never_written_over(tmp_path: Path) -> None:
+    before = (tmp_path / "first.parquet").read_bytes()
+    with pytest.raises(SystemExit, match="is what is read here, and would be lost"):
+        _batches(tmp_path, "first.parquet")
+    with pytest.raises(SystemExit, match="is what is read here, and would be lost"):
+        main(["audit", str(tmp_path / "first.parquet"), f"--output={tmp_path / 'first.parquet'}"])
+    with pytest.raises(SystemExit, match=r"must end in .parquet or name a new folder"):
+        _batches(tmp_path, "out.csv")
+    assert (tmp_path / "first.parquet").read_bytes() == before
 
 
 def test_plain_pairs_are_dealt_and_what_is_clean_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

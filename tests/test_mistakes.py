@@ -34,6 +34,7 @@ def told(
     (tmp_path / "null.csv").write_text("qry,pos_text\n" + rows + "question,\n")
     (tmp_path / "picture.csv").write_text("qry_image_path,pos_text\n" + "no.png,a\n" * 40)
     (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "half.csv").write_text("question,qry_image_path,pos_text\n" + "what,,that\n" * 40)
     (tmp_path / "bad.ckpt").write_text("no checkpoint")
     vectors = np.random.default_rng(0).normal(size=(2, 40, 8))
     np.save(tmp_path / "short.npy", vectors[:, :37])
@@ -106,6 +107,14 @@ data:
             ["--model.optim.fused=true", "--trainer.precision=bf16-mixed", "--trainer.gradient_clip_val=1"],
             "fused=true with --trainer.precision=bf16-mixed and gradients clipped at 1: .*Leave out model.optim.fused",
         ),
+        (["--model.optim.learning_rate=-1"], "model.optim.learning_rate=-1.0 must be at least 0"),
+        (["--model.optim.warmup_frac=500"], "model.optim.warmup_frac=500.0 is a share of all steps: between 0 and 1"),
+        (["--model.embedder={hidden_sizes: [8]}", "--model.lora.r=8"], "model.lora adapts a model that exists"),
+        (["--run.dir=config.yaml/run"], "config.yaml is a file, so nothing can be written into config.yaml/run; name"),
+        (
+            ["--data.train_pairs=half.csv"],
+            "the query is null or empty in .* .it has no column 'qry', only .*'question'",
+        ),
         (["--data.mining.per-task.OK-VQA.first_rank=0"], "per_task names unknown tasks .'OK-VQA'."),
     ],
 )
@@ -165,6 +174,9 @@ def test_a_plan_of_other_pairs_and_a_folder_in_use(told: Command, tmp_path: Path
     said = told("fit", "--data.train_pairs=swapped.csv", "--data.plan=plan")
     assert _holds(said, "the plan was mined from other pairs, of which there are 40 too")
     assert _holds(told("mine", "--output=plan"), "output=plan holds another plan; name a new folder")
+    for command in ("mine", "plan"):
+        said = told(command, "--output=plan/plan.json")
+        assert _holds(said, "plan/plan.json is a file, so nothing can be written into plan/plan.json; name another")
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
@@ -211,6 +223,19 @@ def test_a_baseline_tells_what_it_leaves_without_effect(caplog: pytest.LogCaptur
     assert caplog.text == ""
     tell_idle(shared(batches="random"), Remine(enabled=True))
     assert _holds(caplog.text, "WARNING .*mines nothing; without effect: data.mining, data.mined_frac, remine\n")
+
+
+@pytest.mark.usefixtures("told")
+def test_a_plan_mined_with_other_settings_tells_which(caplog: pytest.LogCaptureFixture) -> None:
+    main(["mine", "--config=config.yaml", "--output=plan"])
+    same, other = MiningSettings(first_rank=1, n_ranks=10, cluster_size=4), MiningSettings(first_rank=1, cluster_size=8)
+    caplog.clear()
+    for mining in (MiningSettings(), same):
+        tell_idle(PairsDataModule(plan="plan", mining=mining), Remine())
+    tell_idle(PairsDataModule(plan="plan", mining=other), Remine(enabled=True))
+    assert caplog.text == ""
+    tell_idle(PairsDataModule(plan="plan", mining=other), Remine())
+    assert _holds(caplog.text, "data.plan=plan was mined with cluster_size=4, not 8: data.mining is without effect")
 
 
 @pytest.mark.usefixtures("told")

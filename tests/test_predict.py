@@ -36,7 +36,10 @@ def _trainer(
 
 
 @pytest.mark.parametrize(("n_rows", "world_size"), [(11, 1), (11, 3), (2, 3)])
-def test_processes_share_the_rows_and_leave_one_file_of_them(n_rows: int, world_size: int, tmp_path: Path) -> None:
+def test_processes_share_the_rows_and_leave_one_file_of_them(
+    n_rows: int, world_size: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "b3_lightning")
     pairs = tmp_path / "pairs.csv"
     pairs.write_text("qry,pos_text\n" + "".join(f"question {row},answer {row}\n" for row in range(n_rows)))
     gate = threading.Barrier(world_size)
@@ -56,8 +59,12 @@ def test_processes_share_the_rows_and_leave_one_file_of_them(n_rows: int, world_
     if n_rows >= world_size:
         assert sorted(row for share in shares for row in share) == list(range(n_rows))
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["embeddings.safetensors"]
-    found = load_file(tmp_path / "embeddings.safetensors")
+    path = tmp_path / "embeddings.safetensors"
+    found = load_file(path)
     assert found["row"].tolist() == list(range(n_rows))
+    assert f"embeddings: {path} (row, query and target of {n_rows} rows, 1 dimensions)" in caplog.text
+    pairs.touch()
+    assert path.stat().st_mode == pairs.stat().st_mode, "others may read it who may read other files"
     assert torch.equal(found["query"], torch.arange(n_rows)[:, None] * 2.0)
     assert torch.equal(found["target"], torch.arange(n_rows)[:, None] * 3.0)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from b3_lightning.data.tables import read_file, read_files, read_table
+from b3_lightning.data.tables import check_output, read_file, read_files, read_table
 from b3_lightning.data.vectors import check_vectors, load_vectors
 
 TABLE = pa.table({"id": ["007", "null", "3"], "score": ["0.5", "1", "2"]})
@@ -42,7 +42,8 @@ def test_files_are_read_or_named(kind: str, tmp_path: Path) -> None:
         read_file(path, ["id", "name"])
     whole = path.read_bytes()
     path.write_bytes(b"\xff" + whole[: len(whole) - 3] + b'{"')
-    with pytest.raises(ValueError, match=rf"table.{kind} cannot be read as .{kind} \(.*\): it is truncated, changed"):
+    how = "save it as UTF-8" if kind == "csv" else "it is truncated, changed"
+    with pytest.raises(ValueError, match=rf"table.{kind} cannot be read as .{kind} \(.*\): {how}"):
         read_file(path)
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=rf"table.{kind} is empty"):
@@ -120,3 +121,34 @@ def test_what_is_no_vector_a_row_is_refused(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(ValueError, match=rf"{name}:? {message}"):
             load_vectors(tmp_path / name)
+
+
+def test_a_csv_of_another_encoding_or_separator_is_told_how_to_save_it(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_bytes("qry,pos_text\nOù,là\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="save it as UTF-8"):
+        read_file(path)
+    for separator in (";", "\t"):
+        path.write_text(f"qry{separator}pos_text\na{separator}b\n", encoding="utf-8")
+        with pytest.raises(ValueError, match=r"separates its columns by .*; save it with commas"):
+            read_file(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "message"),
+    [
+        ("found.csv", False, "must end in .parquet"),
+        ("found", False, "must end in .parquet"),
+        ("found.csv", True, "must end in .parquet or name a new folder"),
+        ("pairs.parquet", True, "is what is read here"),
+        ("link.parquet", False, "is what is read here"),
+    ],
+)
+def test_an_output_must_not_be_an_input(name: str, folder: bool, message: str, tmp_path: Path) -> None:
+    source = tmp_path / "pairs.parquet"
+    source.touch()
+    (tmp_path / "link.parquet").symlink_to(source)
+    check_output(tmp_path / "new.parquet", [str(source)])
+    check_output(tmp_path / "run.5", [str(source), "user/hub-name"], folder=True)
+    with pytest.raises(ValueError, match=message):
+        check_output(tmp_path / name, [str(source)], folder=folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,7 +116,7 @@ def test_advice_prefers_hard_batches_that_are_not_full_of_suspects() -> None:
         Figure(64, 5, 5, 0.1, 5, 100, 16, 0.3, 4000.0),  # harder, and a quarter of the batch
         Figure(128, 4, 4, 0.1, 5, 100, 8, 0.3, 2000.0),
     ]
-    answer = TaskAnswer("t", 5000, 5000, False, True, 23, (0.25, 0.1), random, mined)
+    answer = TaskAnswer("t", 5000, 5000, False, 0.1, 23, (0.25, 0.1), random, mined)
     lines = advice(answer, 64)
     assert lines[0] == (
         "mined batches of 64 are as hard as random ones of about 1,100, with cluster_size 8, first_rank 5 and "
@@ -125,8 +126,17 @@ def test_advice_prefers_hard_batches_that_are_not_full_of_suspects() -> None:
     assert "instead of random batches of 1,024: mined batches of 64" in lines
     assert not any("4,096" in line for line in lines)
     assert "would begin at 23" in lines[-1]
-    assert "careful: 90%" in advice(TaskAnswer("t", 5000, 5000, False, True, 0, (), random, mined[2:3]), 64)[1]
+    assert "careful: 90%" in advice(TaskAnswer("t", 5000, 5000, False, 0.1, 0, (), random, mined[2:3]), 64)[1]
     assert "nothing to advise" in advice(answer, 48)[0]
+    assert not any("mined batches of 1,024" in line or "instead of random batches of 16" in line for line in lines)
+    weak = replace(answer, beaten=0.8)
+    assert any("own target first for only 20% of the queries" in line for line in advice(weak, 64))
+    assert not any("own target first" in line for line in lines)
+
+
+def test_the_batch_size_that_is_set_is_asked_about_too() -> None:
+    assert Questions(batch_sizes=(16, 64)).of(24).batch_sizes == (16, 24, 64)
+    assert Questions(batch_sizes=(16, 64)).of(64).batch_sizes == (16, 64)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,8 @@ WORTH_A_LOOK = {
     "suspected_false_negative", "filler",
 }  # fmt: skip
 """Findings that may be as they should; all others are wrong."""
+OF_BATCH = {"one_label_batch", "uneven_batch"}
+"""Findings of a whole batch: ``row`` is its first, ``n_others`` the number of its other rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,8 @@ def _rows(pairs: ForeignPairs) -> Iterator[Finding]:
     first: dict[tuple[Item, Item], int] = {}
     queries_of, targets_of = _Others(pairs.target, pairs.query), _Others(pairs.query, pairs.target)
     for row, (query, target) in enumerate(zip(pairs.query, pairs.target, strict=True)):
+        if row in pairs.again:
+            continue
         if normal(query) == normal(target):
             yield Finding("query_is_target", row, exact=query == target)
         earlier = first.setdefault((normal(query), normal(target)), row)
@@ -117,6 +121,8 @@ def _negatives(pairs: ForeignPairs) -> Iterator[Finding]:
     for row, (query, target) in enumerate(zip(pairs.query, pairs.target, strict=True)):
         positives.setdefault(normal(query), {}).setdefault(normal(target), row)
     for row, items in enumerate(pairs.negatives):
+        if row in pairs.again:
+            continue
         query, target = pairs.query[row], pairs.target[row]
         seen: set[Item] = set()
         for item in items:

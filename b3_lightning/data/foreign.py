@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
 import torch
 
+from b3_lightning.data.ordered import ORDERED
 from b3_lightning.data.pairs import TEXT_AND_IMAGE, Item, PairSource, read_negatives, read_strings
 from b3_lightning.data.tables import read_table
 from b3_lightning.mining.groups import permutation
@@ -33,7 +35,13 @@ _NUMBERED = re.compile(r"negative_\d+")
 
 @dataclass(frozen=True)
 class ForeignPairs:
-    """The rows of a file. ``batches``: the rows of each; ``group``, ``key``: a text a row, empty for none."""
+    """The rows of a file.
+
+    Args:
+        batches: the rows of each.
+        group: a text a row, empty for none; ``key`` too.
+        source_row: of a file that ``batches`` wrote: which of the mined pairs each row is, again in every epoch.
+    """
 
     query: list[Item]
     target: list[Item]
@@ -43,9 +51,16 @@ class ForeignPairs:
     key: list[str]
     columns: dict[str, str]
     empty: list[int] = field(default_factory=list)
+    source_row: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.query)
+
+    @cached_property
+    def again(self) -> set[int]:
+        """Rows whose pair stood before, in another epoch."""
+        first: dict[int, int] = {}
+        return {row for row, source in enumerate(self.source_row or ()) if first.setdefault(source, row) != row}
 
     @property
     def n_negatives(self) -> int:
@@ -70,6 +85,7 @@ def read_foreign(path: str, columns: Mapping[str, str]) -> ForeignPairs:
     if table.num_rows == 0:
         raise ValueError(f"{path} holds no rows")
     names = _names(path, table.column_names, columns)
+    numbered = [name for name in table.column_names if _NUMBERED.fullmatch(name) and name not in names.values()]
     text = {ours: read_strings(table, names[ours], path, False) if ours in names else [""] * table.num_rows
             for ours in (*TEXT_AND_IMAGE["query"], *TEXT_AND_IMAGE["target"])}  # fmt: skip
     sides = {
@@ -81,12 +97,13 @@ def read_foreign(path: str, columns: Mapping[str, str]) -> ForeignPairs:
     return ForeignPairs(
         sides["query"],
         sides["target"],
-        _negatives(table, names, path),
+        _negatives(table, names, numbered, path),
         _batches(table, names.get("batch"), path),
         _labels(table, names.get("group")),
         _labels(table, names.get("key")),
-        columns=names,
+        columns={**names, **{name: name for name in numbered}},
         empty=empty,
+        source_row=table["row"].to_pylist() if set(ORDERED) <= set(table.column_names) else None,
     )
 
 
@@ -115,15 +132,15 @@ def _names(path: str, found: list[str], columns: Mapping[str, str]) -> dict[str,
     return names
 
 
-def _negatives(table: pa.Table, names: Mapping[str, str], path: str) -> list[list[Item]]:
-    """Those of the one column, or of ``negative_1``, ``negative_2``, ...: sentence-transformers' names."""
-    numbered = [name for name in table.column_names if _NUMBERED.fullmatch(name)]
-    if "neg_text" not in names and "neg_image_path" not in names and numbered:
-        texts = [read_strings(table, name, path, False) for name in numbered]
-        return [[Item(text, "") for text in row if text] for row in zip(*texts, strict=True)]
+def _negatives(table: pa.Table, names: Mapping[str, str], numbered: Sequence[str], path: str) -> list[list[Item]]:
+    """Those of the one column and of ``negative_1``, ``negative_2``, ...: sentence-transformers' names."""
     absent = {"neg_text": "", "neg_image_path": ""}  # a name that no column has
     own = {ours: names[ours] for ours in absent if ours in names}
-    return list(read_negatives(table, PairSource(path, columns={**absent, **own})))
+    negatives = list(read_negatives(table, PairSource(path, columns={**absent, **own})))
+    for name in numbered:
+        for items, text in zip(negatives, read_strings(table, name, path, False), strict=True):
+            items += [Item(text, "")] if text else []
+    return negatives
 
 
 def _batches(table: pa.Table, column: str | None, path: str) -> dict[Any, list[int]]:

@@ -154,7 +154,7 @@ class PairMiner:
                 embeddings.query_ND,
                 embeddings.target_ND,
                 settings=self.mining,
-                questions=questions,
+                questions=questions.of(self.batch_size),
                 stages=Stages(self.cache),
                 progress=progress,
                 **self._values(),

@@ -307,7 +307,9 @@ def _check_side(
         )
     empty = [row for row in range(len(read[text])) if not read[text][row].strip() and not read[image][row].strip()]
     if empty:
-        raise ValueError(f"{source.path}: the {side} is null or empty in {name_rows(empty)}; mend or remove them")
+        column = source.columns.get(text, text)
+        hint = "" if column in found else f" (it has no column {column!r}, only {found})"
+        raise ValueError(f"{source.path}: the {side} is null or empty in {name_rows(empty)}{hint}; mend or remove them")
 
 
 def count_negatives(pairs: PairTable, wanted: int) -> None:

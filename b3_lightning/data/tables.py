@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -87,13 +87,28 @@ def read_file(path: Path, columns: Sequence[str] | None = None, *, typed: bool =
     return table if columns is None else table.select(list(columns))
 
 
+def check_output(output: Path, inputs: Iterable[str], *, folder: bool = False) -> None:
+    """Refuse to write Parquet over what is read, or under a name that says another kind of file.
+
+    Args:
+        folder: a name without such an ending is one of a folder.
+
+    Raises:
+        ValueError: in either case.
+    """
+    if output.suffix != ".parquet" and (not folder or output.suffix in (*SUFFIXES, ".json")):
+        raise ValueError(f"--output {output} must end in .parquet{' or name a new folder' if folder else ''}")
+    if output.exists() and any(Path(path).exists() and output.samefile(path) for path in inputs):
+        raise ValueError(f"--output {output} is what is read here, and would be lost; name another file")
+
+
 def unreadable(path: Path, error: Exception) -> ValueError:
     """What to raise of a file that its reader refuses."""
     reason = next(iter(str(error).splitlines()), type(error).__name__)
-    return ValueError(
-        f"{path} cannot be read as {path.suffix} ({reason}): it is truncated, changed or of another kind than its "
-        "name says; copy it anew, or write it again"
-    )
+    how = "it is truncated, changed or of another kind than its name says; copy it anew, or write it again"
+    if isinstance(error, UnicodeDecodeError) or "UTF8" in reason:
+        how = "save it as UTF-8, as spreadsheets can on request; or copy it anew, where it is damaged"
+    return ValueError(f"{path} cannot be read as {path.suffix} ({reason}): {how}")
 
 
 def is_list(kind: pa.DataType) -> bool:
@@ -104,6 +119,9 @@ def is_list(kind: pa.DataType) -> bool:
 def _read_csv(path: Path, typed: bool) -> pa.Table:
     with path.open(encoding="utf-8-sig") as file:
         names = next(iter(file)).strip()
+    other = next((sign for sign in (";", "\t") if sign in names and "," not in names), None)
+    if other is not None:
+        raise ValueError(f"{path} separates its columns by {other!r}; save it with commas")
     columns = {} if typed else {name.strip('"'): pa.string() for name in names.split(",")}
     return pyarrow.csv.read_csv(
         path,

@@ -155,6 +155,11 @@ class MinedPlan:
             }
         )
 
+    @staticmethod
+    def settings_of(directory: str | Path) -> MiningSettings:
+        """What the plan of a folder was mined with; errors as of ``load``."""
+        return MiningSettings(**_describe(Path(directory))["settings"])
+
     @classmethod
     def load(cls, directory: str | Path) -> MinedPlan:
         """Read what ``save`` wrote.
@@ -164,15 +169,7 @@ class MinedPlan:
             ValueError: where a file is of another version or was changed.
         """
         folder = Path(directory)
-        path = folder / "plan.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} holds no mined plan (no plan.json); make one with the 'mine' command")
-        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if description.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"{path} has format version {description.get('format_version')}; this release reads {FORMAT_VERSION}: "
-                "mine again"
-            )
+        description = _describe(folder)
         for name, expected in description["sha256"].items():
             check_sha256(folder / name, expected)
         task_names = tuple(description["task_names"])
@@ -207,6 +204,19 @@ class MinedPlan:
 
 
 _DATA_FILES = ("plan.parquet", "edges.parquet", "neighbors.safetensors")
+
+
+def _describe(folder: Path) -> dict[str, Any]:
+    path = folder / "plan.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no mined plan (no plan.json); make one with the 'mine' command")
+    description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if description.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {description.get('format_version')}; this release reads {FORMAT_VERSION}: "
+            "mine again"
+        )
+    return description
 
 
 def _read_edges(path: Path, n_rows: int) -> Edges:

@@ -66,6 +66,10 @@ class Questions:
         if self.max_rows < 2:
             raise ValueError(f"max_rows={self.max_rows} must be at least 2")
 
+    def of(self, batch_size: int) -> Questions:
+        """These, and the batch size that is set."""
+        return replace(self, batch_sizes=tuple(sorted({*self.batch_sizes, batch_size})))
+
 
 @dataclass(frozen=True, slots=True)
 class Figure:
@@ -88,17 +92,22 @@ class Figure:
 
 @dataclass(frozen=True)
 class TaskAnswer:
-    """What was found for a task. ``reliable``: a score above the positive's counted as a suspicion."""
+    """What was found for a task. ``beaten``: the share of queries for which another target leads."""
 
     name: str
     n_rows: int
     n_sampled: int
     labels: bool
-    reliable: bool
+    beaten: float
     auto_first_rank: int
     suspicious: Sequence[float]
     random: list[Figure] = field(default_factory=list)
     mined: list[Figure] = field(default_factory=list)
+
+    @property
+    def reliable(self) -> bool:
+        """Does a score above the positive's count as a suspicion?"""
+        return self.beaten < 0.5
 
     @property
     def sampled_frac(self) -> float:
@@ -155,16 +164,16 @@ def _answer(task: Task, search: Search, questions: Questions) -> TaskAnswer:
     widest = max(window.first_rank + window.n_ranks for window in windows)
     neighbors = search.rank(sample, estimate if estimate.labels else replace(windows[0], first_rank=0, n_ranks=widest))
     beaten_N = neighbors.scores_NW[:, 0] > neighbors.positive_score_N
-    judge = _Judge(sample, reliable=bool(beaten_N.double().mean() < 0.5), seed=settings.seed)
     answer = TaskAnswer(
         task.name,
         len(task.ids),
         len(sample.ids),
         estimate.labels,
-        judge.reliable,
+        float(beaten_N.double().mean()),
         estimate.first_rank,
         estimate.suspicious,
     )
+    judge = _Judge(sample, reliable=answer.reliable, seed=settings.seed)
     answer.random.extend(_random_figures(judge, questions))
     n_all = len(windows) * len(questions.cluster_sizes)
     for done, (choice, window, clusters, kept) in enumerate(_cuts(sample, neighbors, windows, search, questions)):

@@ -107,6 +107,8 @@ class ContrastiveModule(L.LightningModule):
         if self.source is None:
             raise ValueError("model.embedder is not set: name a model's folder or hub name, or a small architecture")
         if isinstance(self.source, SmallEmbedder):
+            if self.lora is not None:
+                raise ValueError("model.lora adapts a model that exists; a small embedder trains all of its weights")
             texts = self.trainer.datamodule.train_texts()  # type: ignore[attr-defined]
             self._lacks_vocabulary = texts is None
             self.model = self.source.build(texts or ())

@@ -30,6 +30,14 @@ class OptimSettings:
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     fused: bool = False
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.learning_rate < math.inf:
+            raise ValueError(f"model.optim.learning_rate={self.learning_rate} must be at least 0")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"model.optim.weight_decay={self.weight_decay} must be at least 0")
+        if not 0 <= self.warmup_frac <= 1:
+            raise ValueError(f"model.optim.warmup_frac={self.warmup_frac} is a share of all steps: between 0 and 1")
+
     def factor(self, step: int, total_steps: int) -> float:
         """The rate at a step as a share of its peak."""
         warmup = max(1, round(self.warmup_frac * total_steps))

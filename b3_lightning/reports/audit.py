@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from b3_lightning.data.audit import MEANING, Finding
+from b3_lightning.data.audit import MEANING, OF_BATCH, Finding
 from b3_lightning.data.foreign import ForeignPairs
 from b3_lightning.mining.store import write_atomic
 
@@ -29,12 +29,20 @@ def print_audit(console: Console, found: Sequence[Finding], pairs: ForeignPairs,
         return
     table = Table("", "rows", "exact", "finding")
     for name in sorted(kinds, key=lambda name: (not kinds[name][0].wrong, list(MEANING).index(name))):
-        n_rows = len({finding.row for finding in kinds[name]})
-        n_exact = len({finding.row for finding in kinds[name] if finding.exact})
+        n_rows = _count_rows(kinds[name])
+        n_exact = _count_rows([finding for finding in kinds[name] if finding.exact])
         mark = "[red]wrong[/]" if kinds[name][0].wrong else "[yellow]look[/]"
+        n_all = len(pairs) - (len(pairs.again) if kinds[name][0].batch is None else 0)
         about = f"[bold]{name}[/]: {MEANING[name]}\n[dim]{escape(_example(kinds[name][0], pairs))}[/]"
-        table.add_row(mark, f"{n_rows:,}\n{n_rows / len(pairs):.1%}", f"{n_exact:,}", about)
+        table.add_row(mark, f"{n_rows:,}\n{n_rows / n_all:.1%}", f"{n_exact:,}", about)
     console.print(table)
+
+
+def _count_rows(found: Sequence[Finding]) -> int:
+    """Rows that findings of one kind concern."""
+    if found and found[0].name in OF_BATCH:
+        return sum(1 + finding.n_others for finding in found)
+    return len({finding.row for finding in found})
 
 
 def _example(finding: Finding, pairs: ForeignPairs) -> str:

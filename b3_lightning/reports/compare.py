@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from b3_lightning.evaluation.bootstrap import PairedDifference, paired_bootstrap
@@ -18,8 +19,8 @@ from b3_lightning.reports.runs import Run, load_runs, read_csv_run
 
 SHOWN = ("val/hit@1", "val/hit@5", "val/hit@10", "val/mrr", "val/ndcg@10", "val/loss")
 COMPARED = ("hit@1", "mrr")
-_MOST_COLUMNS = 6
-"""More runs than these stand one below the other."""
+_WIDEST = 10_000
+"""Characters that a table may ask for, to see how many it wants."""
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,12 @@ def compare_runs(given: Sequence[str], *, metric: str = "val/mrr", output: str |
     compared = Comparison.of(_with_metric(load_runs(given), metric, console), metric)
     names = [run.name for run in compared.runs]
     title = f"validation at the step of the best {metric}"
-    console.print(_table(title, "", names, compared.figures()))
+    console.print(_table(console, title, "", names, compared.figures()))
     _print_significance(compared, console)
     if len(names) > 1 and not compared.differing:
         console.print("no setting differs")
     elif len(names) > 1:
-        console.print(_table("settings that differ", "setting", names, compared.differing))
+        console.print(_table(console, "settings that differ", "setting", names, compared.differing))
     if output is not None:
         from b3_lightning.reports.compare_page import write_compare_page
 
@@ -136,22 +137,36 @@ def _with_metric(runs: Sequence[Run], metric: str, console: Console) -> list[Run
     return kept
 
 
-def _table(title: str, corner: str, names: Sequence[str], rows: dict[str, list[str]]) -> Table:
-    if len(names) <= _MOST_COLUMNS:
-        table = Table(corner, *map(escape, names), title=title)
-        for name, values in rows.items():
-            table.add_row(escape(name), *map(escape, values))
-        return table
-    table = Table("run", *map(escape, rows), title=title)
-    for index, name in enumerate(names):
-        table.add_row(escape(name), *(escape(values[index]) for values in rows.values()))
+def _table(console: Console, title: str, corner: str, names: Sequence[str], rows: dict[str, list[str]]) -> Table:
+    """Runs beside each other where the terminal is wide enough, else one below the other, else a line a value."""
+    beside = _grid(title, [corner, *names], [[name, *values] for name, values in rows.items()])
+    below = _grid(title, ["run", *rows], [[name, *values] for name, *values in zip(names, *rows.values(), strict=True)])
+    for table in (beside, below):
+        if Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum <= console.width:
+            return table
+    long = Table(corner, "run", "", title=title)
+    for name, values in rows.items():
+        for index, (run, value) in enumerate(zip(names, values, strict=True)):
+            last = index == len(names) - 1
+            long.add_row("" if index else escape(name), escape(run), escape(value), end_section=last)
+    for column in long.columns:
+        column.overflow = "fold"
+    return long
+
+
+def _grid(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(*map(escape, head), title=title)
+    for cells in rows:
+        table.add_row(*map(escape, cells))
     return table
 
 
 def _print_significance(compared: Comparison, console: Console) -> None:
     sure = [one for one in compared.against_first if one.differences]
     if sure:
-        title = f"points above {compared.runs[0].name}, 95% interval over {sure[0].n_queries:,} queries"
+        title = (
+            f"points above {compared.runs[0].name}, both at their best val/mrr; 95% over {sure[0].n_queries:,} queries"
+        )
         table = Table("", *COMPARED, title=title)
         for one in sure:
             said = (f"{in_words(one.differences[name])} {verdict(one.differences[name])}" for name in COMPARED)

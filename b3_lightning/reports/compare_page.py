@@ -45,8 +45,8 @@ def _significance(compared: Comparison) -> str:
             cells = [part for name in COMPARED for part in _both(one.differences[name])]
         rows.append([one.name, *cells, f"{one.n_queries:,}" if one.differences else one.why_not])
     intro = (
-        f"Against {compared.runs[0].name}: the difference in points over the same queries, each run at its best step, "
-        f"with a paired bootstrap of {N_DRAWS:,} draws."
+        f"Against {compared.runs[0].name}: the difference in points over the same queries, each run at its best "
+        f"val/mrr, of which the ranks are kept, with a paired bootstrap of {N_DRAWS:,} draws."
     )
     return section("How sure is it?", table(head, rows, label="Significance"), intro)
 

@@ -7,7 +7,7 @@ numbers can be read by pointing at it, and its ``aria-label`` says in words what
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Literal
@@ -62,7 +62,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Axes:
-    """What a chart shows: ``summary`` is read aloud, ``note`` stands under it."""
+    """What a chart shows: ``summary`` is read aloud, ``note`` stands under it; ``log_x`` gives octaves equal room."""
 
     title: str
     x: str
@@ -71,6 +71,7 @@ class Axes:
     note: str = ""
     percent: bool = False
     x_from_zero: bool = False
+    log_x: bool = False
 
 
 def line_chart(axes: Axes, lines: Sequence[Line], bands: Sequence[Band] = (), spans: Sequence[Span] = ()) -> str:
@@ -84,7 +85,8 @@ def line_chart(axes: Axes, lines: Sequence[Line], bands: Sequence[Band] = (), sp
         return ""
     if axes.percent:
         ys += [0.0, 0.01]
-    place = _Place(_ticks(min(xs), max(xs), 5), _ticks(min(ys), max(ys), 5), (min(xs), max(xs)))
+    x_ticks = _octaves(min(xs), max(xs), 6) if axes.log_x else _ticks(min(xs), max(xs), 5)
+    place = _Place(x_ticks, _ticks(min(ys), max(ys), 5), (min(xs), max(xs)), log_x=axes.log_x)
     parts = [
         f'<rect class="span {span.kind}" x="{place.x(span.start):.1f}" y="{TOP}" '
         f'width="{max(1.0, place.x(span.end) - place.x(span.start)):.1f}" height="{HEIGHT - TOP - BOTTOM}"/>'
@@ -150,13 +152,16 @@ def bars(axes: Axes, listed: Sequence[Bar]) -> str:
 class _Place:
     """Where a value lies on the canvas."""
 
-    def __init__(self, x_ticks: list[float], y_ticks: list[float], x_range: tuple[float, float]) -> None:
+    def __init__(
+        self, x_ticks: list[float], y_ticks: list[float], x_range: tuple[float, float], *, log_x: bool = False
+    ) -> None:
         self.x_ticks, self.y_ticks = x_ticks, y_ticks
-        self.left, self.right = x_range
+        self._scale: Callable[[float], float] = math.log2 if log_x else float
+        self.left, self.right = map(self._scale, x_range)
         self.low, self.high = y_ticks[0], y_ticks[-1]
 
     def x(self, value: float) -> float:
-        share = (value - self.left) / ((self.right - self.left) or 1)
+        share = (self._scale(value) - self.left) / ((self.right - self.left) or 1)
         return LEFT + share * (WIDTH - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
@@ -173,7 +178,7 @@ class _Place:
         parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
         if x_ticks:
             for value in self.x_ticks:
-                if self.left <= value <= self.right:
+                if self.left <= self._scale(value) <= self.right:
                     text = (
                         f'<text class="tick" x="{self.x(value):.1f}" y="{HEIGHT - BOTTOM + 14}">{short(value)}</text>'
                     )
@@ -258,6 +263,12 @@ def _ticks(low: float, high: float, n: int) -> list[float]:
     step = next(nice * power for nice in (1, 2, 2.5, 5, 10) if nice * power >= rough * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+def _octaves(low: float, high: float, n: int) -> list[float]:
+    """At most ``n`` powers of two within a range."""
+    powers = range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)
+    return [2.0**power for power in powers[:: max(1, math.ceil(len(powers) / n))]]
 
 
 def short(value: float) -> str:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import html
-import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,11 +16,14 @@ from rich.table import Table
 from b3_lightning.mining.store import write_atomic, write_text
 from b3_lightning.mining.whatif import Figure, TaskAnswer
 from b3_lightning.reports.page import page, section, table
+from b3_lightning.reports.svg import Axes, Line, line_chart
 
 MOST_SUSPECTED = 0.2
 """A setting is not advised where more of the rows have a suspected false negative in their batch."""
 MOST_OF_BATCH = 1 / 8
 """Nor is a cluster that is more of its batch: such batches are harder and train worse (docs/results.md)."""
+_RANDOM_COLOR, _COLORS = 4, (1, 2, 3, 5, 6, 7, 8)
+"""Of the style sheet's series, whose fourth is grey."""
 _GOALS = (256, 1024, 4096)
 _ASSUMED = (
     "Assumed: the teacher's similarities stand for the student's; hardness is the teacher's InfoNCE loss at "
@@ -81,6 +82,12 @@ def advice(answer: TaskAnswer, batch_size: int) -> list[str]:
         )
     else:
         lines.append(f"{best.suspected:.1%} of the rows then have a suspected false negative in their batch")
+    if not answer.reliable:
+        lines.append(
+            f"careful: the teacher puts a query's own target first for only {1 - answer.beaten:.0%} of the queries, so "
+            "what it ranks high is no sure evidence: hardness says little here, and suspects are undercounted. Take a "
+            "better teacher (data.teacher) before long runs"
+        )
     lines += [line for goal in _GOALS if (line := _size_for(answer, best, goal))]
     if best.as_random < 1.5 * batch_size:
         lines.append("mining buys little here: the clusters are hardly harder than chance")
@@ -107,7 +114,7 @@ def _size_for(answer: TaskAnswer, best: Figure, goal: int) -> str:
     least = best.cluster_size / MOST_OF_BATCH
     own = [figure for figure in answer.mined if figure.setting == best.setting and figure.batch_size >= least]
     enough = [figure.batch_size for figure in own if figure.as_random >= goal]
-    if not enough or goal > answer.n_sampled:
+    if not enough or min(enough) >= goal or goal > answer.n_sampled:
         return ""
     return f"instead of random batches of {goal:,}: mined batches of {min(enough):,}"
 
@@ -124,12 +131,12 @@ def _rows(answer: TaskAnswer) -> str:
 def _table(answer: TaskAnswer, batch_size: int) -> Table:
     table = Table("setting", "hardness", "as random |B|", "rows with suspects", title=f"|B| = {batch_size}")
     for figure in (figure for figure in answer.random if figure.batch_size == batch_size):
-        table.add_row("random", f"{figure.clean:.2f}", f"{batch_size}", f"{figure.suspected:.1%}")
+        table.add_row("random", f"{figure.clean:.3g}", f"{batch_size}", f"{figure.suspected:.1%}")
     best = _advised(answer, batch_size)
     for figure in (figure for figure in answer.mined if figure.batch_size == batch_size):
         name = f"K {figure.cluster_size}, ranks {figure.first_rank} to {figure.first_rank + figure.n_ranks - 1}"
         style = "bold green" if figure is best else None
-        cells = (f"{figure.clean:.2f}", f"{round(figure.as_random):,}", f"{figure.suspected:.1%}")
+        cells = (f"{figure.clean:.3g}", f"{round(figure.as_random):,}", f"{figure.suspected:.1%}")
         table.add_row(name, *cells, style=style)
     return table
 
@@ -151,10 +158,9 @@ def _page(answers: Sequence[TaskAnswer], batch_size: int) -> str:
         said = "".join(f"<li>{html.escape(line)}</li>" for line in advice(answer, batch_size))
         rows = [_line(kind, figure) for kind in ("random", "mined") for figure in getattr(answer, kind)]
         figures = table(_HEAD, rows, label=f"all figures of {answer.name}")
-        picture = f'<div class="drawn">{_picture(answer, batch_size)}</div>'
-        told = f"<ul>{said}</ul>{picture}<details><summary>all figures</summary>{figures}</details>"
+        told = f"<ul>{said}</ul>{_charts(answer, batch_size)}<details><summary>all figures</summary>{figures}</details>"
         parts.append(section(answer.name, told, _rows(answer)))
-    return page(title, "".join([*parts, f'<p class="intro">{html.escape(_ASSUMED)}</p>']))
+    return page(title, "".join([*parts, section("What this assumes", f'<p class="intro">{html.escape(_ASSUMED)}</p>')]))
 
 
 def _line(kind: str, figure: Figure) -> tuple[str, ...]:
@@ -164,41 +170,32 @@ def _line(kind: str, figure: Figure) -> tuple[str, ...]:
         f"{figure.first_rank} to {figure.first_rank + figure.n_ranks - 1}" if mined else "",
         f"{figure.cluster_size}" if mined else "",
         f"{figure.batch_size}",
-        f"{figure.hardness:.3f}",
-        f"{figure.clean:.3f}",
+        f"{figure.hardness:.3g}",
+        f"{figure.clean:.3g}",
         f"{figure.suspected:.1%}",
         f"{figure.kept_frac:.1%}" if mined else "",
         f"{figure.as_random:,.0f}",
     )
 
 
-def _picture(answer: TaskAnswer, batch_size: int) -> str:
-    """An SVG: hardness against |B|, random and mined; a colour for each K, a line style for each window."""
-    from matplotlib.figure import Figure as Canvas
-
-    canvas = Canvas(figsize=(9, 5), layout="constrained")
-    axes: Any = canvas.subplots()
+def _charts(answer: TaskAnswer, batch_size: int) -> str:
+    """Hardness against |B|: a chart for each K, random batches and every window in each."""
     sizes, clean = zip(*((figure.batch_size, figure.clean) for figure in answer.random), strict=True)
-    axes.plot(sizes, clean, "k-o", linewidth=2.5, label="random")
-    cluster_sizes = sorted({figure.cluster_size for figure in answer.mined})
-    first_ranks = sorted({figure.first_rank for figure in answer.mined})
+    random = Line("random", sizes, clean, _RANDOM_COLOR, dashed=True)
     best = _advised(answer, batch_size)
-    for setting in sorted({figure.setting for figure in answer.mined}, key=lambda own: (own[2], own[0])):
-        own = [figure for figure in answer.mined if figure.setting == setting]
-        advised = best is not None and setting == best.setting
-        axes.plot(
-            [figure.batch_size for figure in own],
-            [figure.clean for figure in own],
-            linestyle=("-", "--", "-.", ":")[first_ranks.index(setting[0]) % 4],
-            color=f"C{cluster_sizes.index(setting[2])}",
-            linewidth=3 if advised else 1,
-            label=f"K {setting[2]}, from rank {setting[0]}{' (advised)' if advised else ''}",
+    advised = None if best is None else best.setting
+    charts = []
+    for cluster_size in sorted({figure.cluster_size for figure in answer.mined}):
+        own = [figure for figure in answer.mined if figure.cluster_size == cluster_size]
+        lines = [random]
+        for index, setting in enumerate(sorted({figure.setting for figure in own})):
+            there = [figure for figure in own if figure.setting == setting]
+            name = f"from rank {setting[0]}{' (advised)' if setting == advised else ''}"
+            xs, ys = [figure.batch_size for figure in there], [figure.clean for figure in there]
+            lines.append(Line(name, xs, ys, _COLORS[index % len(_COLORS)], dashed=index >= len(_COLORS)))
+        said = "; ".join(
+            f"{line.name}: {line.y[0]:.3g} at {line.x[0]}, {line.y[-1]:.3g} at {line.x[-1]}" for line in lines
         )
-    axes.axvline(batch_size, color="0.8", zorder=0)
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("rows in a batch, |B|")
-    axes.set_ylabel("hardness, suspects left out")
-    axes.legend(fontsize="small", ncols=2 if len(cluster_sizes) * len(first_ranks) > 8 else 1)
-    file = io.StringIO()
-    canvas.savefig(file, format="svg", metadata={"Date": None})
-    return file.getvalue()[file.getvalue().index("<svg") :]
+        axes = Axes(f"K = {cluster_size}", "rows in a batch, |B|", "hardness, suspects left out", said, log_x=True)
+        charts.append(line_chart(axes, lines))
+    return f'<div class="grid">{"".join(charts)}</div>'

@@ -12,12 +12,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from b3_lightning.data.audit import audit, suspect, uneven
 from b3_lightning.data.foreign import ForeignPairs, deal_batches, read_foreign
-from b3_lightning.data.vectors import check_vectors
+from b3_lightning.data.tables import check_output
+from b3_lightning.data.vectors import check_vectors, load_vectors
 from b3_lightning.reports.audit import print_audit, write_audit
+from b3_lightning.types import Embeddings
 
 FOUND = 3
 """The exit status where something is wrong; 1 and 2 are those of other errors."""
@@ -40,12 +43,14 @@ def run(given: argparse.Namespace) -> None:
         raise ValueError(f"--columns {' '.join(unclear)}: write OURS=THEIRS, such as qry=question")
     if given.in_order and given.batch_size is None:
         raise ValueError("--in_order says how rows are dealt into batches: give --batch_size too")
+    if given.output is not None:
+        check_output(given.output, [given.file])
     pairs = read_foreign(given.file, dict(entry.split("=") for entry in given.columns))
     pairs, dealt = _with_batches(pairs, given)
     console = Console()
     found = audit(pairs) + ([] if dealt else uneven(pairs))
     if given.vectors is not None:
-        vectors = check_vectors(given.vectors, len(pairs))
+        vectors = _vectors(given.vectors, pairs)
         more, n_unknown = suspect(pairs, vectors, margin=given.margin, fillers=not dealt and bool(pairs.batches))
         found += more
         if n_unknown:
@@ -56,6 +61,19 @@ def run(given: argparse.Namespace) -> None:
         console.print(f"{len(found):,} findings: {given.output}", highlight=False)
     if any(one.wrong or given.strict for one in found):
         sys.exit(FOUND)
+
+
+def _vectors(path: str, pairs: ForeignPairs) -> Embeddings:
+    """Of every row; a file that ``batches`` wrote takes those of the pairs that were mined."""
+    if pairs.source_row is None:
+        return check_vectors(path, len(pairs))
+    vectors, last = load_vectors(Path(path)), max(pairs.source_row)
+    if last >= len(vectors):
+        raise ValueError(
+            f"{path} holds vectors of {len(vectors)} rows, and the column 'row' names row {last} of the pairs that "
+            "were mined: give the vectors that they were mined with"
+        )
+    return vectors.take(torch.tensor(pairs.source_row))
 
 
 def _with_batches(pairs: ForeignPairs, given: argparse.Namespace) -> tuple[ForeignPairs, str]:

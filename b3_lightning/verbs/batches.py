@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from b3_lightning.data.ordered import read_sources, write_ordered, write_with_column
+from b3_lightning.data.tables import check_output
 from b3_lightning.mining import MinedPlan
 
 
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> None:
     if given.column and given.epochs != 1:
         raise ValueError(f"--column tells the batches of one epoch, not of --epochs={given.epochs}; leave one out")
+    check_output(given.output, given.pairs, folder=True)
     mined, table = MinedPlan.load(given.plan), read_sources(given.pairs)
     about = {"batch_size": given.batch_size, "seed": given.seed}
     if given.column:
