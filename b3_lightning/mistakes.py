@@ -55,9 +55,25 @@ class Parser(LightningArgumentParser):
         if unknown:
             name = unknown[1] or unknown[2]
             message = f"there is no setting {name}{nearest(name, known)}"
+        message = _as_choice(message)
         command = parser.prog.replace(" [options]", "")
         sys.stderr.write(f"error: {message}\n{command} --help lists all\n")
         sys.exit(2)
+
+
+def _as_choice(message: str) -> str:
+    """What may be chosen, in a line, where jsonargparse lists every type that a value is not."""
+    wrong = re.search(
+        r'key "([\w.]+)":\n\s+Does not validate.*?Subtypes: ([^\n]*)\n.*Given value: ([^\n]*)', message, re.S
+    )
+    if wrong is None:
+        return message
+    name, types, value = wrong.groups()
+    literals = r"typing\.Literal\[([^]]*)\]"
+    if re.sub(literals, "", types).strip("[], ") not in ("", "<class 'NoneType'>"):
+        return message
+    choices = dict.fromkeys(one for listed in re.findall(literals, types) for one in re.findall(r"[\w-]+", listed))
+    return f"{name}={value} is none of {', '.join(choices)}"
 
 
 def check_command(given: Sequence[str], commands: Sequence[str]) -> None:

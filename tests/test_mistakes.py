@@ -100,6 +100,7 @@ data:
         (["--ckpt_path=absent.ckpt"], "no checkpoint ckpt_path=absent.ckpt .looked from"),
         (["--ckpt_path=bad.ckpt"], "bad.ckpt is truncated or no checkpoint .*; resume from another one"),
         (["--data.mining.cluster_size=abc"], "data.mining.cluster_size.*\n.*Got value: abc"),
+        (["--trainer.precision=fp16"], "trainer.precision=fp16 is none of 64, 32, 16, .*bf16-mixed.*, bf16\n"),
         (["--data.mining.min_recall=0.9"], "min_recall=0.9 is without effect .* or leave min_recall at 0.95"),
         (["--model.embedder=null"], "fit needs model.embedder: --model.embedder=PATH_OR_NAME"),
         (["--data.bach_size=8"], "no setting data.bach_size; did you mean data.batch_size"),
