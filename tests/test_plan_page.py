@@ -147,6 +147,15 @@ def test_what_is_not_shown_is_counted(limits: CardLimits, n_shown: int, shapes: 
     assert "A page holds at most" in page
 
 
+def test_a_page_of_long_markup_in_large_clusters_stays_under_5_MB(tmp_path: Path) -> None:
+    lines = (json.dumps({"qry": f"{row} {'<&>' * 100}", "pos_text": f"{'<&>' * 100} {row}"}) for row in range(3200))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    pairs = load_pairs(str(tmp_path / "pairs.jsonl"))
+    write_plan_page(_plan(pairs, cluster_size=16, n_ranks=30), pairs, tmp_path, tmp_path / "page.html")
+    size = (tmp_path / "page.html").stat().st_size
+    assert 3_500_000 < size < 5_000_000  # as much as the bound lets in, and not six times that
+
+
 def test_tasks_have_charts_of_their_own_and_labels_are_named(shapes: Path, tmp_path: Path) -> None:
     pairs = load_pairs([str(shapes / "image-text.parquet"), str(shapes / "text-text.parquet")])
     mined = _plan(pairs, per_task={"text-text": {"first_rank": "auto"}})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from b3_lightning.data.images import load_image
 from b3_lightning.data.pairs import Item
 from b3_lightning.mining import MinedPlan
 from b3_lightning.reports.figures import PlanFigures
+from b3_lightning.reports.page import embed
 from b3_lightning.types import PADDING
 
 THUMBNAIL_PIXELS = 96
@@ -88,7 +88,7 @@ def make_cards(mined: MinedPlan, figures: PlanFigures, pairs: PairTable, image_r
         rows = [row for row in mined.clusters.ids_CK[cluster].tolist() if row != PADDING]
         card = _card(cluster, reason, mined, figures) | _rows(rows, sides, figures, pictures)
         card["links"] = suspects.get(cluster, [])
-        added, images = len(json.dumps(card, ensure_ascii=False).encode()), pictures.encode_new()
+        added, images = len(embed(card).encode()), pictures.encode_new()  # as the page holds it, "<" as six bytes
         n_bytes += added + sum(len(image) for image in images)
         if clusters and (n_bytes > limits.n_bytes or pictures.n_encoded + len(images) > limits.n_pictures):
             break
