@@ -1,8 +1,9 @@
-"""Pictures of icons and their names as pairs, from npm's ``@iconify/json``; test icons are of sets not trained on.
+"""Pictures of icons and their names as pairs, from npm's ``@iconify/json``, some of them for testing.
 
     npm pack @iconify/json && tar xzf iconify-json-*.tgz && pip install resvg-py
-    python benchmarks/icons.py --package package --output data/icons [--train 20000] [--test 2000] [--size 32]
+    python benchmarks/icons.py --package package --output data/icons [--train 20000] [--test 2000] [--same 2000]
 
+``test`` holds icons of sets not trained on, ``test_same`` icons of those trained on that are not in ``train``.
 Sets of one colour under MIT, Apache-2.0 or ISC only. An icon that looks exactly like one before it is left out, and so
 is one whose name has no letters; what a set is left with is drawn from at random.
 """
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--train", type=int, default=20_000)
     parser.add_argument("--test", type=int, default=2_000)
+    parser.add_argument("--same", type=int, default=2_000)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
@@ -39,15 +41,23 @@ def main() -> None:
     sets = wanted_sets(given.package)
     chance.shuffle(sets)
     seen: set[bytes] = set()
-    for name, share, count in (
-        ("test", sets[: len(sets) // 5], given.test),
-        ("train", sets[len(sets) // 5 :], given.train),
-    ):
-        icons = [icon for prefix in share for icon in icons_of(given.package, prefix)]
-        chance.shuffle(icons)
-        drawn = draw_unseen(icons, count, given.size, seen)
+    n_other = len(sets) // 5
+    test = draw_sets(given.package, sets[:n_other], given.test, given.size, chance, seen)
+    trained = draw_sets(given.package, sets[n_other:], given.train + given.same, given.size, chance, seen)
+    parts = {"test": test, "train": trained[: given.train], "test_same": trained[given.train :]}
+    for name, drawn in parts.items():
         write_pictures(given.output, name, [(f"{name}{i:06d}", *one) for i, one in enumerate(drawn)])
-        print(f"{name}: {len(drawn)} of {len(icons)} icons of {len(share)} sets")
+
+
+def draw_sets(
+    package: Path, sets: list[str], count: int, size: int, chance: random.Random, seen: set[bytes]
+) -> list[tuple[str, Image.Image]]:
+    """(name, picture) of so many icons of the sets, drawn at random."""
+    icons = [icon for prefix in sets for icon in icons_of(package, prefix)]
+    chance.shuffle(icons)
+    drawn = draw_unseen(icons, count, size, seen)
+    print(f"{len(drawn):,} of {len(icons):,} icons of {len(sets)} sets")
+    return drawn
 
 
 def wanted_sets(package: Path) -> list[str]:
