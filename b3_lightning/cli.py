@@ -27,6 +27,7 @@ from b3_lightning.callbacks import (
     MiningReport,
     Remine,
     Requeue,
+    TerminateOnNaN,
 )
 from b3_lightning.callbacks.requeue import where_to_begin
 from b3_lightning.checkpoints import CheckedCheckpointIO, StepCheckpoint
@@ -133,7 +134,8 @@ class B3CLI(LightningCLI):
                     "run.checkpoint_every_n_steps is without effect where trainer.callbacks holds a ModelCheckpoint of "
                     "your own: set every_n_train_steps there"
                 )
-            callbacks += [Clock(), KeepRanks(), Requeue(), Export(self.parser_dump(), self.run.merge_adapter)]
+            export = Export(self.parser_dump(), self.run.merge_adapter)
+            callbacks += [TerminateOnNaN(), Clock(), KeepRanks(), Requeue(), export]
         else:
             kwargs["enable_checkpointing"] = False
         if self.subcommand == "predict":

@@ -11,3 +11,4 @@ from b3_lightning.callbacks.keep_ranks import KeepRanks as KeepRanks
 from b3_lightning.callbacks.mining_report import MiningReport as MiningReport
 from b3_lightning.callbacks.remine import Remine as Remine
 from b3_lightning.callbacks.requeue import Requeue as Requeue
+from b3_lightning.callbacks.terminate_on_nan import TerminateOnNaN as TerminateOnNaN

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,3 +60,12 @@ def test_values_and_rows_that_a_sampler_repeats() -> None:
     assert values["hit@5"] == 1
     assert abs(values["mrr"] - (1 + 1 / 3 + 1 / 3) / 3) < 1e-6
     assert abs(values["ndcg@10"] - (1 + 0.5 + 0.5) / 3) < 1e-6
+
+
+def test_vectors_that_are_not_finite_are_refused_by_row() -> None:
+    vector = torch.eye(3)
+    vector[1, 0] = torch.nan
+    metrics, key = RetrievalMetrics(), torch.arange(3)
+    metrics.update(vector, torch.eye(3), row_B=key + 7, query_key_B=key, target_key_B=key)
+    with pytest.raises(ValueError, match=r"vectors of 1 of 3 rows are not finite \(row\(s\) 8\)"):
+        metrics.compute()

@@ -251,6 +251,15 @@ def test_batches_that_are_hardly_harder_than_random_ones_are_told(caplog: pytest
         assert "no edge" not in caplog.text
 
 
+@pytest.mark.parametrize("validated", [False, True])
+def test_a_run_that_diverges_ends_and_leaves_no_weights(validated: bool, told: Command, tmp_path: Path) -> None:
+    settings = ["--model.optim.learning_rate=1e30", "--trainer.gradient_clip_val=0", "--data.batches=random"]
+    said = told("fit", *settings, *(["--data.val_pairs=pairs.csv"] if validated else []))
+    assert re.search(r"training has diverged: \d+ of \d+ trained weights are not finite after step 2; lower", said)
+    assert not list((tmp_path / "run").rglob("*.ckpt"))
+    assert not (tmp_path / "run" / "export").exists()
+
+
 def test_running_out_of_memory_is_answered_with_what_helps(told: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,7 +185,7 @@ def best_validation(folder: Path) -> dict[str, float]:
         ValueError: where no validation was logged.
     """
     best = read_csv_run(folder).best("val/mrr")
-    return {name: best[name] for name in ("step", *SHOWN)}
+    return {name: best.get(name, math.nan) for name in ("step", *SHOWN)}
 
 
 def keep_old_metrics(folder: Path) -> None:
