@@ -17,6 +17,10 @@ from torch import Tensor
 
 PADDING = -1
 """Fills the last cluster of a task and the ranks that a small task does not have."""
+OF_FILE = 2**62
+"""The row of a hard negative that the pairs file names: none, and above all there are."""
+ROW_VALUES = ("row", "query_key", "target_key", "group_key")
+"""What a batch says of its rows and of their hard negatives."""
 GRID = 2.0**26
 """Vectors are whole multiples of 1 / GRID, of which mining/exact.py computes the same cosines on every machine."""
 _TILE_ROWS = 2**15

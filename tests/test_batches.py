@@ -44,21 +44,23 @@ def test_epochs_hand_out_every_row_once_but_for_the_counted_carry(
 
 @given(n_rows=st.integers(20, 60), n_targets=st.integers(2, 20), n_queries=st.integers(5, 60), seed=st.integers(0, 999))
 @settings(max_examples=60, deadline=None)
-def test_rows_with_one_target_or_one_query_meet_only_masked(
+def test_rows_with_one_target_query_or_group_meet_only_masked(
     n_rows: int, n_targets: int, n_queries: int, seed: int
 ) -> None:
     random = torch.Generator().manual_seed(seed)
     target_key = torch.randint(n_targets, (n_rows,), generator=random)
     query_key = torch.randint(n_queries, (n_rows,), generator=random)
+    group_key = torch.randint(-1, n_queries, (n_rows,), generator=random)
+    keys = (query_key, target_key, group_key)
     query, target = torch.randn(2, n_rows, 6, generator=random)
     chosen = MiningSettings(first_rank=1, n_ranks=6, cluster_size=4, seed=seed)
     plan = mine(query, target, settings=chosen, target_keys=target_key).batches(batch_size=8, seed=seed)
     for ids_B in plan.epoch(0):
-        rows = Rows(ids_B, query_key[ids_B], target_key[ids_B])
+        rows = Rows(ids_B, *(key[ids_B] for key in keys))
         ignored = same_key(rows, rows)
         for a, b in itertools.product(range(8), repeat=2):
-            same = target_key[ids_B[a]] == target_key[ids_B[b]] or query_key[ids_B[a]] == query_key[ids_B[b]]
-            assert bool(ignored[a, b]) == bool(same)
+            same = any(key[ids_B[a]] == key[ids_B[b]] >= 0 for key in keys)
+            assert bool(ignored[a, b]) == same
 
 
 def test_batches_are_whole_clusters_combined_anew_every_epoch() -> None:

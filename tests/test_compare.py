@@ -128,6 +128,12 @@ def _two_runs(root: Path) -> list[str]:
     return [str(one), str(other)]
 
 
+def test_runs_of_one_name_are_told_apart_also_from_within(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _two_runs(tmp_path)
+    monkeypatch.chdir(tmp_path / "one" / "run")
+    assert [run.name for run in load_runs([".", "../../other/run"])] == ["one/run", "other/run"]
+
+
 def test_two_runs_are_printed_with_interval_settings_and_a_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,6 +82,9 @@ def test_mistakes_with_batches(plan: MinedPlan, tmp_path: Path, output: str, mor
 def test_other_pairs_and_taken_names_are_refused(plan: MinedPlan) -> None:
     with pytest.raises(ValueError, match="mined from 70 rows, the training pairs have 3"):
         add_batch_column(Dataset.from_dict({"qry": ["a", "b", "c"]}), plan, batch_size=16)
+    whole = Dataset.from_dict({"qry": ["q"] * N_ROWS})
+    with pytest.raises(ValueError, match=r"epoch 2 holds \d+ rows twice, .*: take epoch 0, or write the rows"):
+        add_batch_column(whole, plan, batch_size=16, epoch=2)
     with pytest.raises(ValueError, match=r"a column \['batch'\] already"):
         add_batch_column(Dataset.from_dict({"batch": [0] * N_ROWS}), plan, batch_size=16)
 
@@ -220,6 +223,10 @@ def test_plain_pairs_are_dealt_and_what_is_clean_passes(tmp_path: Path, capsys: 
         ("shared_target", 0, True),
         ("shared_target", 3, True),
     }
+    alone = _audit(tmp_path, pairs, "--batch_size=5", "--in_order", status=3)
+    assert not any(name == "one_label_batch" for name, _, _ in alone), (
+        "a row that is left over is no batch of one label"
+    )
     capsys.readouterr()
     assert _audit(tmp_path, {"qry": ["a", "b"], "pos_text": ["c", "d"]}, status=None) == set()
     assert "nothing found" in capsys.readouterr().out
@@ -239,8 +246,57 @@ def test_vectors_add_suspicions_and_fillers(tmp_path: Path, capsys: pytest.Captu
     del columns["neg_text"]
     found = _audit(tmp_path, {**columns, "batch": ["x", "x", "y", "y"]}, vectors, status=None)
     assert ("suspected_false_negative", 0, True) in found
-    assert {("filler", 2, True), ("filler", 3, True)} <= found
-    assert not any(name == "filler" and row == 0 for name, row, _ in found)
+
+
+@pytest.mark.parametrize(("n_labels", "least", "most"), [(64, 20, 44), (8, 0, 0)])
+def test_half_of_what_stands_in_random_batches_are_fillers_unless_these_hold_all(
+    n_labels: int, least: int, most: int, tmp_path: Path
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    target = torch.randn(n_labels, 8, generator=random)[torch.arange(64) % n_labels]
+    np.save(tmp_path / "vectors.npy", torch.stack([torch.randn(64, 8, generator=random), target]).numpy())
+    columns: dict[str, list[Any]] = {
+        "qry": [f"q{row}" for row in range(64)],
+        "pos_text": [f"t{row % n_labels}" for row in range(64)],
+        "batch": [row // 32 for row in range(64)],
+    }
+    found = _audit(tmp_path, columns, f"--vectors={tmp_path / 'vectors.npy'}", status=None if n_labels == 64 else 3)
+    assert least <= sum(name == "filler" for name, _, _ in found) <= most
+
+
+@pytest.mark.parametrize("by_topic", [True, False])
+def test_batches_of_a_topic_hold_few_fillers_and_batches_across_topics_many(by_topic: bool, tmp_path: Path) -> None:
+    topic = torch.arange(256) % 16
+    query = torch.eye(16)[topic] + 0.01 * torch.randn(256, 16, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "vectors.npy", torch.stack([query, query]).numpy())
+    columns: dict[str, list[Any]] = {
+        "qry": [f"q{row}" for row in range(256)],
+        "pos_text": [f"t{row}" for row in range(256)],
+        "batch": (topic if by_topic else torch.arange(256) // 16).tolist(),
+    }
+    found = _audit(tmp_path, columns, f"--vectors={tmp_path / 'vectors.npy'}", status=None)
+    n_fillers = sum(name == "filler" for name, _, _ in found)
+    assert n_fillers < 30 if by_topic else n_fillers > 100  # six random rows in ten meet one of their topic
+
+
+def test_a_csv_file_of_several_epochs_counts_a_row_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows 0 and 1 hold one key for two pairs and a negative above the positive; each stands there twice."""
+    lines = ["qry,pos_text,negative,key,row,epoch,batch,cluster"]
+    for epoch in range(2):
+        lines += [f"q{row},t{row},t{1 - row},k,{row},{epoch},{epoch},0" for row in range(2)]
+    (tmp_path / "file.csv").write_text("\n".join([*lines, "q2,t2,x,,2,1,-1,0", "q3,t3,x,,3,1,,0"]))
+    np.save(tmp_path / "vectors.npy", np.stack([np.eye(4), np.eye(4)[[1, 0, 2, 3]]]))
+    with pytest.raises(SystemExit):
+        main(["audit", str(tmp_path / "file.csv"), f"--vectors={tmp_path / 'vectors.npy'}"])
+    said = capsys.readouterr().out
+    assert "2 batches" in said, "-1 and an empty cell are no batch"
+    lines_said = [line.replace(" ", "") for line in said.splitlines()]
+    at = next(place for place, line in enumerate(lines_said) if "conflicting_key" in line)
+    assert lines_said[at].startswith("│wrong│1│1│")
+    assert lines_said[at + 1].startswith("││25.0%│"), "of four rows, two of them there twice"
+    (tmp_path / "file.csv").write_text(lines[0] + "\nq,t,n,k,first,0,0,0\n")
+    with pytest.raises(SystemExit, match=r"the column 'row' must hold rows of the mined pairs; not so in row\(s\) 0"):
+        main(["audit", str(tmp_path / "file.csv")])
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,8 @@ def test_captions_and_images_are_ranked_both_ways(data: Path) -> None:
     assert Item("T Represent the given image.", "a/1.png") in asked.items
     assert Item("Q Find an image caption describing the given everyday image.", "a/1.png") in asked.items
     assert Item("T Represent the image caption: uno", "") in asked.items
+    own = read_retrieval("Flickr30K", ReadSettings(data, prompts=False, query_prompt="Q", target_prompt="T"))
+    assert {Item("Q", "a/1.png"), Item("T", "a/1.png"), Item("Quno", ""), Item("Tuno", "")} <= set(own.items)
 
 
 def test_pages_are_read_from_the_hubs_layout(data: Path, tmp_path: Path) -> None:
@@ -196,6 +198,8 @@ def test_pages_are_read_from_the_hubs_layout(data: Path, tmp_path: Path) -> None
     columns = scoring.columns(torch.eye(5)[torch.tensor([*scoring.query_Q, *scoring.candidates_C]).argsort()])
     assert scoring.metric == "ndcg_linear@5"
     assert columns["ndcg_linear@5"].shape == (2,)
+    own = read_visdoc("ViDoRe_x", ReadSettings(tmp_path, prompts=False, query_prompt="Q ", target_prompt="T"))
+    assert {item.text for item in own.items} == {"Q which year", "Q how much", "T"}
     bad = pa.table({**files["qrels"], "corpus-id": [8, 9, 6]})
     pq.write_table(bad, folder / "qrels" / "test-00000-of-00001.parquet")
     with pytest.raises(ValueError, match="page 6 in row 2, not both known"):
@@ -210,6 +214,16 @@ def test_sentences_need_scores_that_differ(data: Path, tmp_path: Path) -> None:
         )
         with pytest.raises(ValueError, match=message):
             read_sts(name, ReadSettings(tmp_path))
+
+
+def test_a_set_that_is_there_twice_is_refused_and_a_name_is_taken_whole(tmp_path: Path) -> None:
+    rows = {"sentence1": ["a", "b"], "sentence2": ["c", "d"], "score": [1.0, 2.0]}
+    for name in ("STSb.parquet", "STSb.old.parquet"):
+        pq.write_table(pa.table(rows), tmp_path / name)
+    assert len(read_sts("STSb", ReadSettings(tmp_path)).items) == 4
+    (tmp_path / "STSb.csv").write_text("sentence1,sentence2,score\na,c,1\n")
+    with pytest.raises(ValueError, match=r"'STSb' in several kinds of file \(STSb.csv, STSb.parquet\); leave one"):
+        read_sts("STSb", ReadSettings(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +303,17 @@ def test_finished_sets_are_reused_and_others_evaluated_again(
         True,
         True,
     ]
+
+
+def test_prompts_that_change_places_make_other_figures(
+    data: Path, models: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = ["--suite", "retrieval", "--model", models["clip"], "--data", str(data), "--output", str(tmp_path / "out")]
+    for query, target in (("A ", "B "), ("A ", "B "), ("B ", "A ")):
+        caplog.clear()
+        main(["evaluate", *given, "--tasks", "Flickr30K", "--device", "cpu", "--wandb", "disabled",
+              "--fuse", "--no-target-prompts", f"--query-prompt={query}", f"--target-prompt={target}"])  # fmt: skip
+    assert "Flickr30K.json is of another model, data or setting" in caplog.text
 
 
 def test_a_killed_run_goes_on_within_a_set(

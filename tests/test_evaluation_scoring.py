@@ -94,6 +94,7 @@ def test_spearman_as_scipy_has_it_with_ties() -> None:
     scoring = ScoredPairs(list(range(30)), [(row * 7 + 1) % 40 for row in range(30)], scores)
     columns = scoring.columns(vector_UD)
     assert float(METRICS["spearman"](columns)) == pytest.approx(spearmanr(columns["cosine"], scores).statistic)
+    assert float(METRICS["spearman"](scoring.columns(torch.ones(40, 8)))) == 0.0, "a collapsed model tells nothing"
     first, second = vector_UD[3], vector_UD[22]
     assert columns["cosine"][3] == pytest.approx(float(torch.cosine_similarity(first, second, dim=0)), abs=1e-6)
 

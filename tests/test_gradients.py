@@ -59,7 +59,7 @@ def _batch(rank: int, world_size: int, *, sparse: bool = False) -> dict[str, Ten
     ``sparse``: the second half of the rows has no hard negative.
     """
     masked = torch.full((N_ROWS, 2), -1)
-    masked[3], masked[8] = torch.tensor([7, 2]), torch.tensor([100, -1])
+    masked[3], masked[8] = torch.tensor([3, 0]), torch.tensor([100, -1])
     negative = torch.arange(100, 100 + 2 * N_ROWS)
     negative[5] = -1
     if sparse:
@@ -71,9 +71,11 @@ def _batch(rank: int, world_size: int, *, sparse: bool = False) -> dict[str, Ten
         "row_B": torch.arange(N_ROWS),
         "query_key_B": torch.arange(N_ROWS) // 2,
         "target_key_B": torch.arange(N_ROWS) // 3,
+        "group_key_B": torch.where(torch.arange(N_ROWS) % 5 == 0, 0, -1),
         "negative_row_N": negative,
         "negative_query_key_N": negative,
         "negative_target_key_N": torch.where(negative % 7 == 0, 1, negative),
+        "negative_group_key_N": torch.where(negative % 11 == 0, 0, -1),
         "masked_BM": masked,
     }
     return {name: values.chunk(world_size)[rank] for name, values in whole.items()}

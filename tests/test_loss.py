@@ -9,6 +9,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from torch import Tensor
 from torch.nn import functional as F
 
+from b3_lightning.mining import listed
 from b3_lightning.model.loss import (
     Direction,
     LossSettings,
@@ -17,9 +18,9 @@ from b3_lightning.model.loss import (
     contrastive_loss,
     ignored_columns,
     info_nce,
-    listed,
     same_key,
 )
+from b3_lightning.types import OF_FILE
 
 
 def unit(n_rows: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -97,15 +98,19 @@ def test_matryoshka_is_the_mean_over_widths() -> None:
     assert float(found) == pytest.approx(expected, rel=1e-9)
 
 
-def test_keys_mark_equal_targets_and_other_positives_of_a_query() -> None:
-    rows = Rows(torch.arange(3), torch.tensor([0, 1, 0]), torch.tensor([5, 5, 6]))
-    assert same_key(rows, rows).tolist() == [[True, True, True], [True, True, False], [True, False, True]]
+def test_keys_mark_equal_targets_other_positives_of_a_query_and_rows_of_a_group() -> None:
+    rows = Rows(torch.arange(4), torch.tensor([0, 1, 0, 2]), torch.tensor([5, 5, 6, 7]), torch.tensor([-1, 3, -1, 3]))
+    assert same_key(rows, rows).tolist() == [
+        [True, True, True, False],
+        [True, True, False, True],
+        [True, False, True, False],
+        [False, True, False, True],
+    ]
 
 
-def test_listed_rows_are_found_in_every_column_that_holds_them() -> None:
-    columns = Rows(torch.tensor([4, 7, 9, 7, -1]), *(torch.arange(5),) * 2)
+def test_listed_values_are_found_in_every_column_that_holds_them() -> None:
     masked = torch.tensor([[7, -1], [9, 4], [-1, -1], [3, 8]])
-    assert listed(masked, columns).tolist() == [
+    assert listed(masked, torch.tensor([4, 7, 9, 7, -1])).tolist() == [
         [False, True, False, True, False],
         [True, False, True, False, False],
         [False] * 5,
@@ -116,26 +121,28 @@ def test_listed_rows_are_found_in_every_column_that_holds_them() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_listed_equals_a_plain_comparison(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(-1, 12, (9,), generator=generator)
+    value = torch.randint(-1, 12, (9,), generator=generator)
     masked = torch.randint(-1, 12, (6, 4), generator=generator)
-    expected = ((masked[:, :, None] == ids) & (masked[:, :, None] >= 0)).any(dim=1)
-    assert torch.equal(listed(masked, Rows(ids, ids, ids)), expected)
+    expected = ((masked[:, :, None] == value) & (masked[:, :, None] >= 0)).any(dim=1)
+    assert torch.equal(listed(masked, value), expected)
 
 
 def test_what_is_ignored_and_never_the_positive() -> None:
-    score = torch.tensor([[0.5, 0.7, 0.55, 0.1], [0.2, 0.3, 0.9, 0.1]])
-    rows = Rows(torch.tensor([10, 11]), torch.tensor([0, 1]), torch.tensor([0, 1]))
-    columns = Rows(torch.tensor([10, 11, 12, -1]), torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 1, 2]))
-    masked = torch.tensor([[11], [11]])
+    score = torch.tensor([[0.5, 0.7, 0.55, 0.1, 0.2], [0.2, 0.3, 0.9, 0.1, 0.2]])
+    rows = Rows(torch.tensor([10, 11]), torch.tensor([0, 1]), torch.tensor([0, 1]), torch.tensor([-1, -1]))
+    row = torch.tensor([10, 11, 12, -1, OF_FILE])
+    columns = Rows(row, torch.tensor([0, 1, 2, -1, -1]), torch.tensor([0, 1, 1, -1, 1]), torch.full((5,), -1))
+    masked = torch.tensor([[1], [1]])
 
-    def ignored(**settings: object) -> list[list[bool]]:
+    def ignored(**settings: object) -> list[list[int]]:
         chosen = LossSettings(**{"mask_same": False, "mask_planned": False} | settings)  # type: ignore[arg-type]
-        return ignored_columns(score, rows, columns, masked, chosen, 0).tolist()
+        return ignored_columns(score, rows, columns, masked, chosen, 0).int().tolist()
 
-    assert ignored() == [[False, False, False, True], [False, False, False, True]]  # an empty place is no negative
-    assert ignored(mask_same=True) == [[False, False, False, True], [False, False, True, True]]
-    assert ignored(mask_planned=True) == [[False, True, False, True], [False, False, False, True]]
-    assert ignored(mask_margin=0.1) == [[False, True, False, True], [False, False, True, True]]
+    assert ignored() == [[0, 0, 0, 1, 0], [0, 0, 0, 1, 0]]  # an empty place is no negative
+    assert ignored(mask_same=True) == [[0, 0, 0, 1, 0], [0, 0, 1, 1, 1]]
+    # a listed target is left out whichever row holds it, not where the pairs file calls it a negative
+    assert ignored(mask_planned=True) == [[0, 1, 1, 1, 0], [0, 0, 1, 1, 0]]
+    assert ignored(mask_margin=0.1) == [[0, 1, 0, 1, 0], [0, 0, 1, 1, 0]]
 
 
 def test_a_learned_temperature_moves_within_its_range() -> None:

@@ -18,6 +18,7 @@ from b3_lightning.data.collate import PairCollator
 from b3_lightning.data.pairs import Item, PairSource, load_pairs
 from b3_lightning.data.splits import Split
 from b3_lightning.mining import MiningSettings, mine
+from b3_lightning.types import OF_FILE
 
 Write = Callable[..., str]
 
@@ -69,7 +70,7 @@ def test_places_of_a_file_and_of_a_plan(write: Write) -> None:
     mined = replace(mined, negative_NH=torch.tensor([[2], [-1], [0]]))
     batch = PairCollator(split, Path(), preprocess, mined=mined, n_file_negatives=2)([0, 2, 1])
     # two places of the file for each row, in the rows' order, then one of the plan
-    assert batch["negative_row_N"].tolist() == [3, 3, 3, 3, -1, -1, 2, 0, -1]
+    assert batch["negative_row_N"].tolist() == [*[OF_FILE] * 4, -1, -1, 2, 0, -1]
     assert _texts(batch) == {0: "b", 1: "new", 2: "x", 3: "y", 6: "c", 7: "a"}
     key = split.keys["target"]
     assert batch["negative_target_key_N"].tolist()[0] == key[1]  # the file's negative is another row's target
@@ -101,7 +102,8 @@ def test_masked_rows_travel_with_the_batch(write: Write) -> None:
     vectors = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.5, 0.5]]), dim=1)
     mined = mine(vectors, vectors, settings=MiningSettings(first_rank=1, n_ranks=1, cluster_size=2))
     batch = PairCollator(split, Path(), preprocess, mined=mined)([0, 2])
-    assert batch["masked_BM"].tolist() == [[1], [1]]  # rank 0 of both is row 1
+    key = int(split.keys["target"][1])
+    assert batch["masked_BM"].tolist() == [[key], [key]]  # rank 0 of both is row 1
 
 
 def test_training_on_the_negatives_of_a_file(

@@ -27,7 +27,7 @@ from b3_lightning.model.embedder import load_embedder
 from b3_lightning.model.loss import LossSettings
 from b3_lightning.model.sharding import EqualPasses, FullyShardedStrategy, clip_gradients, shard, whole_weights
 from b3_lightning.trainer import wait_patiently
-from b3_lightning.types import ChunkSettings
+from b3_lightning.types import ROW_VALUES, ChunkSettings
 
 N_ROWS = 8
 LOSS = LossSettings(temperature=0.1, symmetric=True, mask_margin=0.3, learn_temperature="global")
@@ -56,8 +56,8 @@ def _batch(embedder: Any, folder: Path, kinds: str, rank: int, world_size: int, 
         for side in ("query", "target")
     }
     batch["negative"] = prepare(negatives, folder, embedder.preprocess, chunks) if negatives else []
-    keys = {"query_key_B": row // 2, "target_key_B": row, "row_B": row}
-    places = {f"negative_{name}_N": place for name in ("row", "query_key", "target_key")}
+    keys = {"query_key_B": row // 2, "target_key_B": row, "row_B": row, "group_key_B": row}
+    places = {f"negative_{name}_N": place for name in ROW_VALUES}
     return {**batch, **keys, **places, "task": 0}
 
 

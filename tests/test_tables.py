@@ -60,6 +60,17 @@ def test_of_a_csv_all_is_text_unless_types_are_asked_for(tmp_path: Path) -> None
     assert read_file(path, typed=True).to_pylist() == [{"id": 7, "score": 0.5}]
 
 
+def test_what_looks_like_a_date_is_a_text(tmp_path: Path) -> None:
+    rows = [{"text": "2024-01-05", "negatives": ["2024-01-06", "x"], "id": 1}, {"text": "2024-01-07", "id": 2}]
+    rows[1]["negatives"] = ["2023-01-01 10:00:00"]
+    path = tmp_path / "table.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_file(path).to_pylist() == rows
+    rows[0]["negatives"] = ["2024-01-06"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_file(path).to_pylist() == rows
+
+
 def test_parts_of_one_table_have_the_same_columns(tmp_path: Path) -> None:
     pq.write_table(TABLE, tmp_path / "train-00000-of-00002.parquet")
     pq.write_table(TABLE.select(["id"]), tmp_path / "train-00001-of-00002.parquet")

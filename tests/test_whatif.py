@@ -22,7 +22,7 @@ from b3_lightning.data.miner import PairMiner
 from b3_lightning.data.pairs import TeacherPrompts
 from b3_lightning.data.splits import Split
 from b3_lightning.data.teacher import Encoding
-from b3_lightning.mining.hardness import TEMPERATURE, mean_hardness
+from b3_lightning.mining.hardness import TEMPERATURE
 from b3_lightning.mining.whatif import Figure, Questions, TaskAnswer, equal_random, what_if
 from b3_lightning.reports.whatif import advice
 from b3_lightning.types import Embeddings
@@ -64,13 +64,17 @@ def test_hardness_of_all_rows_at_once_is_the_loss_by_hand() -> None:
 def test_figures_agree_with_a_plan_that_is_mined_and_measured() -> None:
     query, target = _vectors(200)
     questions = Questions(batch_sizes=(16, 40), cluster_sizes=(4, 8), first_ranks=(1,))
-    settings = MiningSettings(first_rank=0, n_ranks=8, cluster_size=4)
-    (answer,) = what_if(query, target, settings=settings, questions=questions)
-    plan = mine(query, target, settings=settings)
-    batches = plan.batches(batch_size=16, seed=0).epoch(0)
-    expected = mean_hardness(Embeddings.from_arrays(query, target), torch.arange(200), batches)
-    (same,) = [figure for figure in answer.mined if figure.setting == (0, 8, 4) and figure.batch_size == 16]
-    assert same.hardness == pytest.approx(expected, rel=1e-5)
+    settings = MiningSettings(first_rank=2, n_ranks=8, cluster_size=4)
+    alike: dict[str, Any] = {
+        "target_keys": [row // 2 for row in range(200)],
+        "groups": [row % 9 or None for row in range(200)],
+    }
+    (answer,) = what_if(query, target, settings=settings, questions=questions, **alike)
+    plan = mine(query, target, settings=settings, batch_size=16, **alike)
+    (same,) = [figure for figure in answer.mined if figure.setting == (2, 8, 4) and figure.batch_size == 16]
+    (random,) = [figure for figure in answer.random if figure.batch_size == 16]
+    found = (same.hardness, random.hardness)
+    assert found == pytest.approx((plan.hardness["mined"], plan.hardness["random"]), rel=1e-5)
     assert same.kept_frac == pytest.approx(plan.summary()["kept_frac"])
     assert {(figure.cluster_size, figure.batch_size) for figure in answer.mined} == {(4, 16), (8, 16), (4, 40), (8, 40)}
     hardness = [figure.hardness for figure in answer.random]

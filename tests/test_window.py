@@ -185,17 +185,24 @@ def test_a_cluster_draws_what_more_of_its_rows_find_hard() -> None:
     assert 70 < firsts.count(8) < 130
 
 
-def test_hardness_is_the_mean_loss() -> None:
+def test_hardness_is_the_mean_loss_without_what_training_leaves_out() -> None:
     embeddings = Embeddings.from_arrays(vectors(40), vectors(40, seed=1))
-    keys = torch.arange(40) // 2
+    row = torch.arange(40)
+    keys = [row // 2, torch.where(row % 3 == 0, row // 9, -1)]
+    masked = torch.stack([(row + 5) % 40, torch.full((40,), -1)], dim=1)
     ids_MB = torch.randperm(40, generator=torch.Generator().manual_seed(0)).view(4, 10)
+
+    def alike(one: int, other: int) -> bool:
+        return any(key[one] == key[other] >= 0 for key in keys) or bool(keys[0][masked[one, 0]] == keys[0][other])
+
     losses = []
     for batch in ids_MB.tolist():
-        for row in batch:
-            others = [other for other in batch if keys[other] != keys[row]]
-            logits = [float(embeddings.query_ND[row] @ embeddings.target_ND[o]) / TEMPERATURE for o in [row, *others]]
+        for one in batch:
+            others = [other for other in batch if not alike(one, other)]
+            logits = [float(embeddings.query_ND[one] @ embeddings.target_ND[o]) / TEMPERATURE for o in [one, *others]]
             losses.append(math.log(sum(math.exp(logit) for logit in logits)) - logits[0])
-    assert mean_hardness(embeddings, keys, ids_MB) == pytest.approx(np.mean(losses), rel=1e-5)
+    found = mean_hardness(embeddings, keys, ids_MB, lambda ids_B: masked[ids_B])
+    assert found == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 def test_best_hardness_by_hand() -> None:

@@ -7,6 +7,7 @@ Shapes: B = rows of a batch, D = dimensions.
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from b3_lightning.data.foreign import ForeignPairs, normal
 from b3_lightning.data.pairs import Item
+from b3_lightning.mining import left_out
 from b3_lightning.types import Embeddings
 
 MEANING = {
@@ -36,7 +38,7 @@ MEANING = {
     "one_label_batch": "all targets of the batch are the same: no negative is right",
     "uneven_batch": "the batch has another number of rows than most",
     "suspected_false_negative": "a negative scores above the row's own positive",
-    "filler": "no negative in the batch is harder than a random batch's hardest (of random rows, half are)",
+    "filler": "a random batch's hardest negative is harder than all of this batch (true of half the rows by chance)",
 }
 WORTH_A_LOOK = {
     "query_is_target", "repeated_negative", "shared_target", "several_targets", "duplicate_pair", "uneven_batch",
@@ -45,6 +47,9 @@ WORTH_A_LOOK = {
 """Findings that may be as they should; all others are wrong."""
 OF_BATCH = {"one_label_batch", "uneven_batch"}
 """Findings of a whole batch: ``row`` is its first, ``n_others`` the number of its other rows."""
+
+_TIE = 1e-5
+"""Cosines nearer than this are equal: products of other shapes round otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,14 +148,14 @@ def _negatives(pairs: ForeignPairs) -> Iterator[Finding]:
 def _conflicts(pairs: ForeignPairs) -> Iterator[Finding]:
     first: dict[str, int] = {}
     for row, key in enumerate(pairs.key):
-        if key:
+        if key and row not in pairs.again:
             other = first.setdefault(key, row)
             if any(normal(side[row]) != normal(side[other]) for side in (pairs.query, pairs.target)):
                 yield Finding("conflicting_key", row, other=other, n_others=1, text=key)
 
 
 def _in_batch(pairs: ForeignPairs, batch: object, rows: Sequence[int]) -> Iterator[Finding]:
-    if len({normal(pairs.target[row]) for row in rows}) < 2:
+    if len(rows) > 1 and len({normal(pairs.target[row]) for row in rows}) < 2:
         yield Finding("one_label_batch", rows[0], batch=batch, n_others=len(rows) - 1)
     queries_of = _Others(pairs.target, pairs.query, rows)
     targets_of = _Others(pairs.query, pairs.target, rows)
@@ -186,26 +191,45 @@ def suspect(pairs: ForeignPairs, vectors: Embeddings, *, margin: float, fillers:
     positive_N = (vectors.query_ND * vectors.target_ND).sum(dim=1)
     found, n_unknown = [], 0
     for row, items in enumerate(pairs.negatives):
+        if row in pairs.again:
+            continue
         keys = {normal(item): item for item in items}
         known = [row_of[key] for key in keys if key in row_of and key != normal(pairs.target[row])]
         n_unknown += sum(key not in row_of for key in keys)
         score = vectors.target_ND[known] @ vectors.query_ND[row]
         found += _worst(row, known, score - positive_N[row] - margin)
-    query_N, target_N = _codes(pairs.query), _codes(pairs.target)
-    generator = torch.Generator().manual_seed(0)
+    scores = _Scores(vectors, (_codes(pairs.target), _codes(pairs.query)))
+    chance = random.Random(0)
     for batch, rows in pairs.batches.items():
         ids_B = torch.tensor(rows)
-        score_BB = vectors.query_ND[ids_B] @ vectors.target_ND[ids_B].T
-        same_BB = (target_N[ids_B][:, None] == target_N[ids_B]) | (query_N[ids_B][:, None] == query_N[ids_B])
-        over_BB = (score_BB - positive_N[ids_B][:, None] - margin).masked_fill(same_BB, -torch.inf)
+        score_BB = scores.of_negatives(ids_B, ids_B)
+        over_BB = score_BB - positive_N[ids_B][:, None] - margin
         for place in (over_BB > 0).any(dim=1).nonzero().flatten().tolist():
             found += _worst(rows[place], rows, over_BB[place], batch)
         if fillers and len(rows) > 1:
-            other_B = torch.randint(len(pairs), (len(rows) - 1,), generator=generator)
-            chance_B = (vectors.query_ND[ids_B] @ vectors.target_ND[other_B].T).amax(dim=1)
-            easy_B = score_BB.masked_fill(same_BB, -torch.inf).amax(dim=1) <= chance_B
+            other_B = torch.tensor(chance.sample(range(len(pairs)), min(len(rows), len(pairs))))
+            random_B = scores.hardest_by_chance(ids_B, other_B)
+            easy_B = score_BB.amax(dim=1) < random_B - _TIE
             found += [Finding("filler", rows[place], batch=batch) for place in easy_B.nonzero().flatten().tolist()]
     return found, n_unknown
+
+
+class _Scores:
+    """Cosines of rows' queries with other rows' targets, -inf for what is no negative: an equal target or query."""
+
+    def __init__(self, vectors: Embeddings, keys: Sequence[Tensor]) -> None:
+        self._vectors, self._keys = vectors, keys
+
+    def of_negatives(self, ids_B: Tensor, ids_C: Tensor) -> Tensor:
+        score_BC = self._vectors.query_ND[ids_B] @ self._vectors.target_ND[ids_C].T
+        return score_BC.masked_fill_(left_out(ids_B, ids_C, self._keys), -torch.inf)
+
+    def hardest_by_chance(self, ids_B: Tensor, drawn_B: Tensor) -> Tensor:
+        """(B,) each row's hardest negative among as many others as its own batch holds."""
+        score_BB = self.of_negatives(ids_B, drawn_B)
+        whole_B = torch.isfinite(score_BB).all(dim=1)  # one more than the others of a batch
+        score_BB[:, -1] = score_BB[:, -1].masked_fill(whole_B, -torch.inf)
+        return score_BB.amax(dim=1)
 
 
 def _worst(row: int, others: Sequence[int], over: Tensor, batch: object = None) -> list[Finding]:

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 from b3_lightning.data.images import load_image
 from b3_lightning.data.pairs import Item, Modality, modality_of
 from b3_lightning.data.splits import Split
-from b3_lightning.mining import MinedPlan
-from b3_lightning.types import PADDING, ChunkSettings
+from b3_lightning.mining import MinedPlan, keys_of
+from b3_lightning.types import OF_FILE, PADDING, ROW_VALUES, ChunkSettings
 
 Preprocess = Callable[[Sequence[Any]], dict[str, Any]]
 """``SentenceTransformer.preprocess``: texts, images or dicts of both -> tensors."""
@@ -96,20 +96,21 @@ class PairDataset(Dataset[int]):
 
 
 class Place(NamedTuple):
-    """One hard negative: what it is, the row whose target it is (any above all rows for one of a file), its keys."""
+    """One hard negative: what it is, the row whose target it is (``OF_FILE`` for one of a file), its keys."""
 
     item: Item
     row: int
     query_key: int
     target_key: int
+    group_key: int
 
 
 class PairCollator:
     """Turn row ids into a batch.
 
-    A batch is ``{"query", "target", "row_B", "query_key_B", "target_key_B", "task"}``; with hard negatives ``negative``
-    and their rows and keys too (``negative_row_N``, -1 where one is lacking), and, of any plan, ``masked_BM``: the ids
-    of rows whose targets are likely right for a row, padded with -1.
+    A batch is ``{"query", "target", "row_B", "query_key_B", "target_key_B", "group_key_B", "task"}``; with hard
+    negatives ``negative`` and their rows and keys too (``negative_row_N``, -1 where one is lacking), and, of any plan,
+    ``masked_BM``: the keys of targets that are likely right for a row, padded with -1.
 
     Args:
         split: the rows.
@@ -142,7 +143,7 @@ class PairCollator:
         batch |= {"row_B": row_B, "task": self.task_of[self.split.pairs.tasks[rows[0]]]}
         places = self._file_places(rows)
         if self.mined is not None:
-            batch["masked_BM"] = self.mined.masked_ids(row_B)
+            batch["masked_BM"] = keys_of(self.mined.masked_ids(row_B), self.split.keys["target"])
             places += self._mined_places(self.mined.negative_NH[row_B].flatten().tolist())
         return batch | self._negatives(places) if places else batch
 
@@ -150,18 +151,17 @@ class PairCollator:
         return prepare(items, self.image_root, self.preprocess, self.chunks)
 
     def _mined_places(self, rows: Sequence[int]) -> list[Place | None]:
-        key = self.split.keys
+        keys = [self.split.keys[name] for name in ("query", "target", "group")]
         return [
-            None if row == PADDING
-            else Place(self.items["target"][row], row, int(key["query"][row]), int(key["target"][row]))
+            None if row == PADDING else Place(self.items["target"][row], row, *(int(key_N[row]) for key_N in keys))
             for row in rows
-        ]  # fmt: skip
+        ]
 
     def _file_places(self, rows: Sequence[int]) -> list[Place | None]:
         places: list[Place | None] = []
         for row in rows:
             items, keys = self.split.pairs.negatives[row], self.split.negative_keys[row]
-            own = [Place(item, len(self.split.pairs), -1, key) for item, key in zip(items, keys, strict=True)]
+            own = [Place(item, OF_FILE, PADDING, key, PADDING) for item, key in zip(items, keys, strict=True)]
             own = own[: self.n_file_negatives]
             places += [*own, *[None] * (self.n_file_negatives - len(own))]
         return places
@@ -171,8 +171,8 @@ class PairCollator:
         there_P = torch.tensor([index for index, place in enumerate(places) if place is not None], dtype=torch.int64)
         features = self._features([place.item for place in places if place is not None])
         placed = [Features(there_P[part.position_P], part.tensors) for part in features]
-        about = torch.tensor([[PADDING] * 3 if place is None else place[1:] for place in places])
-        names = ("negative_row_N", "negative_query_key_N", "negative_target_key_N")
+        about = torch.tensor([[PADDING] * len(ROW_VALUES) if place is None else place[1:] for place in places])
+        names = [f"negative_{name}_N" for name in ROW_VALUES]
         return {"negative": placed, **dict(zip(names, about.unbind(1), strict=True))}
 
 

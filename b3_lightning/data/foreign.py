@@ -30,6 +30,7 @@ ALIASES = {
     "key": ("key",),
 }
 """What each column may be called where it is not said; the first that is there counts."""
+_NO_BATCH = (None, -1, "-1", "")
 _NUMBERED = re.compile(r"negative_\d+")
 
 
@@ -103,7 +104,7 @@ def read_foreign(path: str, columns: Mapping[str, str]) -> ForeignPairs:
         _labels(table, names.get("key")),
         columns={**names, **{name: name for name in numbered}},
         empty=empty,
-        source_row=table["row"].to_pylist() if set(ORDERED) <= set(table.column_names) else None,
+        source_row=_source_rows(table, path) if set(ORDERED) <= set(table.column_names) else None,
     )
 
 
@@ -144,7 +145,7 @@ def _negatives(table: pa.Table, names: Mapping[str, str], numbered: Sequence[str
 
 
 def _batches(table: pa.Table, column: str | None, path: str) -> dict[Any, list[int]]:
-    """Rows by batch; -1 and null stand for none."""
+    """Rows by batch; -1, null and an empty cell stand for none."""
     if column is None:
         return {}
     values = table[column].to_pylist()
@@ -155,9 +156,18 @@ def _batches(table: pa.Table, column: str | None, path: str) -> dict[Any, list[i
         )
     batches: dict[Any, list[int]] = {}
     for row, value in enumerate(values):
-        if value is not None and value != -1:
+        if value not in _NO_BATCH:
             batches.setdefault(value, []).append(row)
     return batches
+
+
+def _source_rows(table: pa.Table, path: str) -> list[int]:
+    """Of a file that ``batches`` wrote; CSV has them as texts."""
+    values = table["row"].to_pylist()
+    wrong = [row for row, value in enumerate(values) if not str(value).isdecimal()]
+    if wrong:
+        raise ValueError(f"{path}: the column 'row' must hold rows of the mined pairs; not so in {name_rows(wrong)}")
+    return [int(value) for value in values]
 
 
 def _labels(table: pa.Table, column: str | None) -> list[str]:

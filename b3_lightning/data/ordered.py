@@ -96,7 +96,8 @@ def add_batch_column(dataset: Any, plan: MinedPlan, *, batch_size: int, epoch: i
     """Add the columns ``batch`` (of an epoch, -1 for none) and ``cluster`` to the ``datasets.Dataset`` that was mined.
 
     Raises:
-        ValueError: where the dataset has other rows than the plan, or such a column already.
+        ValueError: where the dataset has other rows than the plan, or such a column already, or where a row stands in
+            two batches of the epoch, since the one before left it over.
     """
     batches = _checked(plan, dataset, ADDED, batch_size, seed)
     batch_N = _batch_of_row(batches, epoch, len(dataset))
@@ -129,6 +130,12 @@ def _ordered(table: pa.Table, ids_PB: Tensor, cluster_N: Tensor, epoch: int, sta
 
 def _batch_of_row(plan: BatchPlan, epoch: int, n_rows: int) -> Tensor:
     ids_MB = plan.epoch(epoch)
+    n_twice = ids_MB.numel() - len(ids_MB.unique())
+    if n_twice:
+        raise ValueError(
+            f"epoch {epoch} holds {n_twice} rows twice, left over by the epochs before, and a column has room for one "
+            "batch a row: take epoch 0, or write the rows in batch order (write_ordered; batches without --column)"
+        )
     batch_N = torch.full((n_rows,), IN_NONE, dtype=torch.int64)
     batch_N[ids_MB.flatten()] = torch.arange(len(ids_MB)).repeat_interleave(ids_MB.shape[1])
     return batch_N

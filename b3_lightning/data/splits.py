@@ -22,13 +22,16 @@ from b3_lightning.data.pairs import (
     modality_of,
 )
 from b3_lightning.mining import fingerprint
+from b3_lightning.types import PADDING
 
 Content = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Split:
-    """Rows with their ``keys`` (N,) and ``contents`` (text, image digest) by side; equal contents share a key.
+    """Rows with their ``contents`` (text, image digest) by side, and ``keys`` (N,) of query, target and group.
+
+    Equal contents share a key, and so do rows of a group; the key of a row without group is -1.
 
     ``negative_keys`` are of the hard negatives of the files, equal to a target's where they hold the same.
     """
@@ -63,6 +66,11 @@ class Split:
         contents = {side: [_content(item, digests) for item in pairs.items(side)] for side in TEXT_AND_IMAGE}
         codes: dict[str, dict[Content, int]] = {side: {} for side in contents}
         keys = {side: torch.tensor([_code(content, codes[side]) for content in contents[side]]) for side in contents}
+        groups: dict[str, int] = {}
+        keys["group"] = torch.tensor(
+            [PADDING if group is None else groups.setdefault(group, len(groups)) for group in pairs.groups or []]
+            or [PADDING] * len(pairs)
+        )
         negatives = [[_content(item, digests) for item in items] for items in pairs.negatives]
         negative_keys = [[_code(content, codes["target"]) for content in listed] for listed in negatives]
         return cls(pairs, keys, contents, negatives, negative_keys)

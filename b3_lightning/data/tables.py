@@ -12,7 +12,6 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
-_READERS: dict[str, Callable[[Path], pa.Table]] = {".parquet": pq.read_table, ".jsonl": pyarrow.json.read_json}
 _SHARD = re.compile(r"(?P<split>.+?)-\d+-of-(?P<count>\d+)(-[0-9a-f]+)?\.parquet")
 
 
@@ -128,6 +127,25 @@ def _read_csv(path: Path, typed: bool) -> pa.Table:
         parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
         convert_options=pyarrow.csv.ConvertOptions(column_types=columns),
     )
+
+
+def _read_jsonl(path: Path) -> pa.Table:
+    """Texts that look like dates stay texts: JSON has no dates, and the reader makes some."""
+    table = pyarrow.json.read_json(path)
+    texts = [pa.field(column.name, _with_texts(column.type)) for column in table.schema]
+    schema = pa.schema([column for column in texts if not table.schema.field(column.name).equals(column)])
+    if not len(schema):
+        return table
+    return pyarrow.json.read_json(path, parse_options=pyarrow.json.ParseOptions(explicit_schema=schema))
+
+
+def _with_texts(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_timestamp(kind):
+        return pa.string()
+    return pa.list_(_with_texts(kind.value_type)) if is_list(kind) else kind
+
+
+_READERS: dict[str, Callable[[Path], pa.Table]] = {".parquet": pq.read_table, ".jsonl": _read_jsonl}
 
 
 def find_shards(folder: Path) -> dict[str, list[Path]]:

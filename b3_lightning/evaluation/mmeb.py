@@ -39,7 +39,7 @@ def read_mmeb(name: str, settings: ReadSettings) -> EvalSet:
     )
     target_prompt = settings.target_prompt + (find_task(name).target_prompt if settings.prompts else "")
     target_QC = [[Item(target_prompt + item.text, item.image) for item in bare if item != NOTHING] for bare in bare_QC]
-    query_Q = [Item(settings.query_prompt + item.text if item.text else "", item.image) for item in query_Q]
+    query_Q = [Item(settings.query_prompt + item.text, item.image) for item in query_Q]
     table = ItemTable([*query_Q, *(item for targets in target_QC for item in targets)], settings, where)
     candidates_QC = [table.positions(targets) for targets in target_QC]
     notes = {

@@ -53,7 +53,7 @@ def read_retrieval(name: str, settings: ReadSettings) -> EvalSet:
 
 
 def _instructions(way: str, settings: ReadSettings) -> tuple[str, str]:
-    """What goes before a caption, and what stands with an image; an image without instruction stays without text."""
+    """What goes before a caption, and what stands with an image; an image without any stays without text."""
     query, target = settings.query_prompt, settings.target_prompt
     asked = given = ""
     if settings.prompts:
@@ -61,9 +61,7 @@ def _instructions(way: str, settings: ReadSettings) -> tuple[str, str]:
         asked, given = (without_image_token(text.replace("{}", "")) for text in (mmeb.query_text, mmeb.target_text))
         given = mmeb.target_prompt or given
         asked = f"{asked} " if way == "t2i" else asked
-    if way == "t2i":
-        return query + asked, target + given if given else ""
-    return target + given, query + asked if asked else ""
+    return (query + asked, target + given) if way == "t2i" else (target + given, query + asked)
 
 
 def _scoring(way: str, text_F: list[int], image_N: list[int], owner_F: list[int]) -> SharedCandidates:

@@ -34,7 +34,11 @@ def evaluate(
 
 def _evaluate_set(eval_set: EvalSet, encoder: Encoder, path: Path) -> SetResult:
     about = fingerprint(
-        rows=eval_set.rows, contents=eval_set.contents, suite_scoring=_SCORING, settings=encoder.settings()
+        rows=eval_set.rows,
+        contents=eval_set.contents,
+        tasks=[[name, repr(scoring)] for name, scoring in eval_set.tasks.items()],  # which items are queries of which
+        suite_scoring=_SCORING,
+        settings=encoder.settings(),
     )
     kept = SetResult.load(path, about)
     encoder.processes.barrier()  # all have looked before one of them writes

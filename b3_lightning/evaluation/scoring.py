@@ -35,12 +35,17 @@ def _mean(name: str) -> Callable[[Columns], NDArray[np.float64]]:
 
 
 def spearman(columns: Columns) -> NDArray[np.float64]:
-    """Correlation of the ranks of ``cosine`` and ``score``, equal values sharing their mean rank."""
+    """Correlation of the ranks of ``cosine`` and ``score``, equal values sharing their mean rank.
+
+    0 where all of one are equal, as those of a collapsed model are: they tell nothing of the other.
+    """
     from scipy.stats import rankdata
 
     ranks = [rankdata(columns[name], axis=-1) for name in ("cosine", "score")]
     first, second = (rank - rank.mean(axis=-1, keepdims=True) for rank in ranks)
-    return np.asarray((first * second).sum(axis=-1) / np.sqrt((first**2).sum(axis=-1) * (second**2).sum(axis=-1)))
+    both = np.asarray((first * second).sum(axis=-1))
+    spread = np.sqrt((first**2).sum(axis=-1) * (second**2).sum(axis=-1))
+    return np.asarray(np.divide(both, spread, out=np.zeros_like(both), where=spread > 0))
 
 
 METRICS: dict[str, Callable[[Columns], NDArray[np.float64]]] = {

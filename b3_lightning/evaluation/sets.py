@@ -100,9 +100,20 @@ def rows_fingerprint(**content: Any) -> str:
 
 
 def find_files(data: Path, name: str) -> list[Path]:
-    """The files of a set: ``NAME/test*.parquet``, ``NAME/data/test*.parquet`` or ``NAME.parquet``, or .jsonl, .csv."""
+    """The files of a set: ``NAME/test*.parquet``, ``NAME/data/test*.parquet`` or ``NAME.parquet``, or .jsonl, .csv.
+
+    Raises:
+        ValueError: where it is there in files of several kinds, which may hold the same rows.
+    """
     for pattern in (f"{name}/test*", f"{name}/data/test*", f"{name}.*"):
         found = sorted(path for path in data.glob(pattern) if path.suffix in tables.SUFFIXES)
+        if pattern.endswith(".*"):
+            found = [path for path in found if path.stem == Path(name).name]
+        if len({path.suffix for path in found}) > 1:
+            listed = ", ".join(str(path.relative_to(data)) for path in found)
+            raise ValueError(
+                f"{data} has the set {name!r} in several kinds of file ({listed}); leave one of them there"
+            )
         if found:
             return found
     return []

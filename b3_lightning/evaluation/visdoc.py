@@ -32,7 +32,7 @@ def read_visdoc(name: str, settings: ReadSettings) -> EvalSet:
     corpus, _ = read_files(settings.data, f"{name}/corpus", ("corpus-id", "image"))
     qrels, _ = read_files(settings.data, f"{name}/qrels", ("query-id", "corpus-id", "score"))
     asked, given = (QUERY_TEXT, TARGET_TEXT) if settings.prompts else ("", "")
-    query_text, page_text = settings.query_prompt + asked, settings.target_prompt + given if given else ""
+    query_text, page_text = settings.query_prompt + asked, settings.target_prompt + given
     texts = [Item(query_text + (text or "").strip(), "") for text in queries["query"]]
     paths = [_path(image, name, settings) for image in corpus["image"]]
     pages = [Item(page_text, path) for path in paths]

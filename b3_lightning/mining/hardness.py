@@ -5,10 +5,15 @@ Shapes: N = rows, M = batches, B = rows of a batch, W = ranks kept, R = sampled 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
+from b3_lightning.mining.alike import left_out
 from b3_lightning.types import Embeddings, Neighbors, Window
+
+Masked = Callable[[Tensor], Tensor]
 
 TEMPERATURE = 0.05
 """At which hardness is measured. It is no setting, so that figures of different plans can be compared."""
@@ -16,13 +21,20 @@ _MOST_ROWS = 2**16
 """Rows looked at: the standard error of their mean is below 1%, and seconds suffice for any N."""
 
 
-def mean_hardness(embeddings: Embeddings, target_key_N: Tensor, ids_MB: Tensor) -> float:
-    """Mean InfoNCE loss of query -> target over the rows of these batches; equal targets are no negatives."""
+def mean_hardness(
+    embeddings: Embeddings, keys: Sequence[Tensor], ids_MB: Tensor, masked: Masked | None = None
+) -> float:
+    """Mean InfoNCE loss of query -> target over the rows of these batches, without what training leaves out.
+
+    Args:
+        keys: (N,) each, of the targets first; rows with an equal one are no negatives of each other.
+        masked: rows -> (B, M) the rows that a plan masks for them, padded with -1.
+    """
     losses = []
     for ids_B in ids_MB[_spread(len(ids_MB), max(1, _MOST_ROWS // ids_MB.shape[1]))]:
         score_BB = embeddings.query_ND[ids_B] @ embeddings.target_ND[ids_B].T / TEMPERATURE
-        key_B = target_key_N[ids_B]
-        score_BB.masked_fill_((key_B[:, None] == key_B).fill_diagonal_(False), -torch.inf)
+        out_BB = left_out(ids_B, ids_B, keys, None if masked is None else masked(ids_B))
+        score_BB.masked_fill_(out_BB.fill_diagonal_(False), -torch.inf)
         losses.append(score_BB.logsumexp(dim=1) - score_BB.diagonal())
     return float(torch.cat(losses).double().mean())
 

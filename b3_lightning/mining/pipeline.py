@@ -255,12 +255,12 @@ def _log_choice(task: str, n_rows: int, choice: RankChoice) -> None:
 
 
 def _hardness(mined: MinedPlan, rows: Rows, batch_size: int) -> dict[str, float]:
-    """The same number of batches of the first epoch, mined and random, and the bound."""
+    """Of batches of the first epoch, mined (without what the plan masks) and random, and the bound."""
     seed = mined.settings.seed
-    hardness_of = partial(mean_hardness, rows.embeddings, rows.keys[0])
+    hardness_of = partial(mean_hardness, rows.embeddings, rows.keys)
     random = replace(mined, clusters=random_clusters(mined.n_rows))
     return {
-        "mined": hardness_of(mined.batches(batch_size=batch_size, seed=seed).epoch(0)),
+        "mined": hardness_of(mined.batches(batch_size=batch_size, seed=seed).epoch(0), mined.masked_ids),
         "random": hardness_of(random.batches(batch_size=batch_size, seed=seed).epoch(0)),
         "best": best_hardness(mined.neighbors, mined.window, batch_size),
         "batch_size": batch_size,

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from b3_lightning.mining.alike import left_out
 from b3_lightning.mining.backends import choose_backend
 from b3_lightning.mining.batches import BatchPlan, random_clusters
 from b3_lightning.mining.clusters import cut_clusters
@@ -291,14 +292,7 @@ class _Judge:
         ids_A = ids_B[place_A]
         score_AB = self._query_ND[ids_A] @ self._target_ND[ids_B].T
         positive_A = self._positive_N[ids_A]
-        same_AB = torch.zeros(score_AB.shape, dtype=torch.bool)
-        if masked_NW is not None:
-            place_N = torch.full((self.n_rows + 1,), len(ids_B))  # the last stands for padding
-            place_N[ids_B] = torch.arange(len(ids_B))
-            marked_AB = torch.zeros(len(ids_A), len(ids_B) + 1, dtype=torch.bool)
-            same_AB |= marked_AB.scatter_(1, place_N[masked_NW[ids_A]], True)[:, :-1]
-        for key_N in self._keys:
-            same_AB |= key_N[ids_A][:, None] == key_N[ids_B]
+        same_AB = left_out(ids_A, ids_B, self._keys, None if masked_NW is None else masked_NW[ids_A])
         suspect_AB = score_AB > positive_A[:, None] if self.reliable else torch.zeros_like(same_AB)
         for vector_ND, near in self._near:
             suspect_AB |= 1 - vector_ND[ids_A] @ vector_ND[ids_B].T < near

@@ -43,18 +43,18 @@ def contrast_batch(
     Args:
         query_BD: unit vectors, as many rows in every process.
         negative_ND: of hard negatives; any vector stands where one is lacking.
-        batch: ids and keys of the rows (``row_B``, ``query_key_B``, ``target_key_B``) and of the negatives
-            (``negative_row_N``, -1 for a lacking one, ...), and ``masked_BM`` where a plan lists what to leave out.
+        batch: ids and keys of the rows (``row_B``, ``query_key_B``, ``target_key_B``, ``group_key_B``) and of the
+            negatives (``negative_row_N``, -1 for a lacking one, ...), and ``masked_BM``, the keys of targets that a
+            plan lists.
         rank: of this process.
     """
-    rows = Rows(batch["row_B"], batch["query_key_B"], batch["target_key_B"])
-    column_CD, key_C3 = gather_rows(target_BD), gather_rows(torch.stack(rows, dim=1))
+    rows = Rows.of(batch)
+    column_CD, about_C4 = gather_rows(target_BD), gather_rows(torch.stack(rows, dim=1))
     n_global, first_row = len(column_CD), rank * len(query_BD)
     if negative_ND is not None:
-        places = Rows(batch["negative_row_N"], batch["negative_query_key_N"], batch["negative_target_key_N"])
         column_CD = torch.cat([column_CD, gather_rows(negative_ND)])
-        key_C3 = torch.cat([key_C3, gather_rows(torch.stack(places, dim=1))])
-    columns = Rows(*key_C3.unbind(1))
+        about_C4 = torch.cat([about_C4, gather_rows(torch.stack(Rows.of_negatives(batch), dim=1))])
+    columns = Rows(*about_C4.unbind(1))
     score_BC = query_BD.detach() @ column_CD.detach().T
     ignore_BC = ignored_columns(score_BC, rows, columns, batch.get("masked_BM"), settings, first_row)
     directions = [Direction(query_BD, column_CD, ignore_BC)]

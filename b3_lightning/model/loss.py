@@ -1,18 +1,21 @@
 """InfoNCE over the targets of the global batch: pure functions of vectors, keys and masks.
 
 Shapes: B = rows of this process, G = rows of the global batch, C = columns: what a query is scored against, the
-positives of all processes and then their hard negatives; D = dimensions, M = masked ids of a row, padded with -1.
+positives of all processes and then their hard negatives; D = dimensions, M = masked targets of a row, padded with -1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from b3_lightning.mining import equal, listed
+from b3_lightning.types import OF_FILE, ROW_VALUES
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class LossSettings:
         learn_temperature: ``no``, one for all tasks (``global``), or one for each (``per_task``).
         temperature_range: a learned temperature stays between these.
         symmetric: add the loss of targets against queries, and halve.
-        mask_same: leave out targets that equal a row's own, and those of other rows with the same query.
+        mask_same: leave out targets that equal a row's own, and those of other rows with the same query or group.
         mask_planned: leave out targets that the plan lists for a row: ranks before the window, and too similar ones.
         mask_margin: leave out targets that the student itself scores above the positive by more than this; 0.1 is
             usual.
@@ -65,11 +68,25 @@ class LossSettings:
 
 
 class Rows(NamedTuple):
-    """What tells whether two rows may be each other's negatives: ids, -1 for an empty place, and content keys."""
+    """What tells whether two rows may be each other's negatives: ids, and keys of content and group.
+
+    An id of -1 is an empty place, one of ``OF_FILE`` a hard negative of the pairs file; a key of -1 is none.
+    """
 
     row_B: Tensor
     query_key_B: Tensor
     target_key_B: Tensor
+    group_key_B: Tensor
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any]) -> Rows:
+        """The rows of a batch."""
+        return cls(*(batch[f"{name}_B"] for name in ROW_VALUES))
+
+    @classmethod
+    def of_negatives(cls, batch: Mapping[str, Any]) -> Rows:
+        """The hard negatives of a batch."""
+        return cls(*(batch[f"negative_{name}_N"] for name in ROW_VALUES))
 
 
 def info_nce(
@@ -99,22 +116,10 @@ def info_nce(
 
 
 def same_key(rows: Rows, columns: Rows) -> Tensor:
-    """(B, C) bool: column c holds row b's own target, or that of another row with the same query."""
-    return (rows.query_key_B[:, None] == columns.query_key_B) | (rows.target_key_B[:, None] == columns.target_key_B)
-
-
-def listed(masked_BM: Tensor, columns: Rows) -> Tensor:
-    """(B, C) bool: is column c's row among the ids that row b lists?"""
-    sorted_C, order_C = columns.row_B.sort()
-    # a row can stand in several columns: those of one id are neighbours once sorted
-    first_BM = torch.searchsorted(sorted_C, masked_BM)
-    last_BM = torch.searchsorted(sorted_C, masked_BM, right=True)
-    found_BM = (masked_BM >= 0) & (last_BM > first_BM)
-    step_BC = torch.zeros(len(masked_BM), len(sorted_C) + 1, dtype=torch.int32, device=masked_BM.device)
-    step_BC.scatter_add_(1, first_BM, found_BM.int())
-    step_BC.scatter_add_(1, last_BM, -found_BM.int())
-    inside_BC = step_BC.cumsum(1)[:, :-1] > 0
-    return torch.empty_like(inside_BC).index_copy_(1, order_C, inside_BC)
+    """(B, C) bool: column c holds row b's own target, or that of a row with the same query or group."""
+    same_BC = equal(rows.target_key_B, columns.target_key_B)
+    same_BC |= equal(rows.query_key_B, columns.query_key_B)
+    return same_BC | equal(rows.group_key_B, columns.group_key_B)
 
 
 def ignored_columns(
@@ -125,12 +130,17 @@ def ignored_columns(
     settings: LossSettings,
     first_row: int,
 ) -> Tensor:
-    """(B, C) bool: the columns that are no negatives of a query; never its positive."""
+    """(B, C) bool: the columns that are no negatives of a query; never its positive.
+
+    Args:
+        masked_BM: keys of the targets that a plan lists for each row, padded with -1.
+    """
     ignore_BC = (columns.row_B < 0)[None].expand(score_BC.shape)
     if settings.mask_same:
         ignore_BC = ignore_BC | same_key(rows, columns)
     if settings.mask_planned and masked_BM is not None:
-        ignore_BC = ignore_BC | listed(masked_BM, columns)
+        # a negative of the pairs file was called one by somebody who knows more than the plan
+        ignore_BC = ignore_BC | (listed(masked_BM, columns.target_key_B) & (columns.row_B != OF_FILE))
     positive_B = first_row + torch.arange(len(score_BC), device=score_BC.device)
     if settings.mask_margin is not None:
         own_B1 = score_BC.detach().gather(1, positive_B[:, None])

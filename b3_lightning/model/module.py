@@ -253,8 +253,9 @@ class ContrastiveModule(L.LightningModule):
 
     def _evaluate(self, batch: dict[str, Any], split: str) -> None:
         query_BD, target_BD = self.embed(batch["query"]), self.embed(batch["target"])
-        rows = Rows(batch["row_B"], batch["query_key_B"], batch["target_key_B"])
-        self.metrics.update(query_BD, target_BD, **rows._asdict())
+        rows = Rows.of(batch)
+        keys = {"query_key_B": rows.query_key_B, "target_key_B": rows.target_key_B}
+        self.metrics.update(query_BD, target_BD, row_B=rows.row_B, **keys)
         with torch.autocast(self.device.type, enabled=False):
             score_BB = query_BD @ target_BD.T
             loss = info_nce(score_BB, temperature=self.temperature(), ignore_BC=same_key(rows, rows))

@@ -32,7 +32,8 @@ def print_audit(console: Console, found: Sequence[Finding], pairs: ForeignPairs,
         n_rows = _count_rows(kinds[name])
         n_exact = _count_rows([finding for finding in kinds[name] if finding.exact])
         mark = "[red]wrong[/]" if kinds[name][0].wrong else "[yellow]look[/]"
-        n_all = len(pairs) - (len(pairs.again) if kinds[name][0].batch is None else 0)
+        in_batches = any(finding.batch is not None for finding in kinds[name])
+        n_all = len(pairs) - (0 if in_batches else len(pairs.again))
         about = f"[bold]{name}[/]: {MEANING[name]}\n[dim]{escape(_example(kinds[name][0], pairs))}[/]"
         table.add_row(mark, f"{n_rows:,}\n{n_rows / n_all:.1%}", f"{n_exact:,}", about)
     console.print(table)

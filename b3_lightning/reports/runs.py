@@ -145,7 +145,7 @@ def _distinct(runs: Sequence[Run]) -> list[str]:
     for n_parts in (2, 3):
         double = {name for name in names if names.count(name) > 1}
         names = [
-            "/".join(Path(run.source).parts[-n_parts:]) if name in double and run.url is None else name
+            "/".join(Path(run.source).resolve().parts[-n_parts:]) if name in double and run.url is None else name
             for run, name in zip(runs, names, strict=True)
         ]
     seen: dict[str, int] = {}
