@@ -129,7 +129,9 @@ def test_advice_prefers_hard_batches_that_are_not_full_of_suspects() -> None:
     assert "instead of random batches of 256: mined batches of 64" in lines
     assert "instead of random batches of 1,024: mined batches of 64" in lines
     assert not any("4,096" in line for line in lines)
-    assert "would begin at 23" in lines[-1]
+    assert "would begin at 23, where" in lines[-1]
+    part = replace(answer, n_rows=20_000)
+    assert "would begin at 23 of the sample (about 92 of all rows), where" in advice(part, 64)[-1]
     assert "careful: 90%" in advice(TaskAnswer("t", 5000, 5000, False, 0.1, 0, (), random, mined[2:3]), 64)[1]
     assert "nothing to advise" in advice(answer, 48)[0]
     assert not any("mined batches of 1,024" in line or "instead of random batches of 16" in line for line in lines)

@@ -92,8 +92,10 @@ def advice(answer: TaskAnswer, batch_size: int) -> list[str]:
     if best.as_random < 1.5 * batch_size:
         lines.append("mining buys little here: the clusters are hardly harder than chance")
     if answer.suspicious and answer.auto_first_rank > best.first_rank:
+        of_all = round(answer.auto_first_rank / answer.sampled_frac)
+        sampled = f" of the sample (about {of_all} of all rows)" if answer.sampled_frac < 1 else ""
         lines.append(
-            f"first_rank: auto would begin at {answer.auto_first_rank}, where fewer than 1 in 100 targets are likely "
+            f"first_rank: auto would begin at {answer.auto_first_rank}{sampled}, where fewer than 1 in 100 targets are likely "
             f"right; at rank 0 {answer.suspicious[0]:.0%} are"
         )
     return lines
