@@ -16,6 +16,20 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from b3_lightning.mining.store import write_atomic
 
 
+class LastCheckpoint(ModelCheckpoint):
+    """Saves where a run is interrupted too, once it trains: before, there is nothing to go on with."""
+
+    _trains = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._trains = True
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._trains:
+            super().on_exception(trainer, pl_module, exception)
+
+
 class StepCheckpoint(ModelCheckpoint):
     """Saves every so many steps, but not where Lightning could not go on exactly.
 

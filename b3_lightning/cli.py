@@ -30,11 +30,12 @@ from b3_lightning.callbacks import (
     TerminateOnNaN,
 )
 from b3_lightning.callbacks.requeue import where_to_begin
-from b3_lightning.checkpoints import CheckedCheckpointIO, StepCheckpoint
+from b3_lightning.checkpoints import CheckedCheckpointIO, LastCheckpoint, StepCheckpoint
 from b3_lightning.data import PairsDataModule
 from b3_lightning.mining.store import check_folder
 from b3_lightning.mistakes import Parser, check_command, check_devices, tell_idle, tell_weights, told
 from b3_lightning.model import ContrastiveModule, FullyShardedStrategy
+from b3_lightning.options import COMMAND
 from b3_lightning.reports.compare import keep_old_metrics
 from b3_lightning.reports.outcome import print_outcome
 from b3_lightning.reports.wandb_mode import WandbMode, has_wandb_key, is_offline
@@ -189,7 +190,9 @@ class B3CLI(LightningCLI):
         strategy = self._get(self.config_init, "trainer").get("strategy")
         cut = strategy == FullyShardedStrategy.NAME or isinstance(strategy, FullyShardedStrategy)
         about: dict[str, Any] = {"dirpath": folder, "filename": "last", "enable_version_counter": False}
-        checkpoints = [ModelCheckpoint(**about, save_on_exception=not cut, save_on_train_epoch_end=True)]
+        checkpoints: list[ModelCheckpoint] = [
+            LastCheckpoint(**about, save_on_exception=not cut, save_on_train_epoch_end=True)
+        ]
         if self.run.checkpoint_every_n_steps is not None:
             checkpoints.append(StepCheckpoint(**about, every_n_train_steps=self.run.checkpoint_every_n_steps))
         if self._get(self.config, "data").get("val_pairs") is None:
@@ -302,7 +305,7 @@ def _run_lightning(args: list[str] | None) -> None:
             load_from_checkpoint_support=False,
             parser_kwargs={
                 **mode,
-                "prog": "python -m b3_lightning",
+                "prog": COMMAND,
                 "version": __version__,
                 "formatter_class": _Help,
                 "description": DESCRIPTION,

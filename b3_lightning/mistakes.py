@@ -20,10 +20,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 from b3_lightning.callbacks import Remine
 from b3_lightning.callbacks.export import is_export
 from b3_lightning.checkpoints import existing_checkpoint
-from b3_lightning.data import PairsDataModule
+from b3_lightning.data import PairsDataModule, PairSource
 from b3_lightning.mining import MinedPlan, MiningSettings
 from b3_lightning.model.embedder import SmallEmbedder
-from b3_lightning.options import as_known, nearest
+from b3_lightning.options import COMMAND, as_known, nearest
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +52,19 @@ class Parser(LightningArgumentParser):
         parser = getattr(ex, "subcommand_parser", None) or self
         known = [action.dest for action in parser._actions]
         unknown = re.search(r"does not accept \w+ '([\w.]+)'|recognized arguments: --([\w.-]+)", message)
+        command = parser.prog.replace(" [options]", "")
         if unknown:
             name = unknown[1] or unknown[2]
             message = f"there is no setting {name}{nearest(name, known)}"
+        key = re.fullmatch(r"Option '(\w+)[\w.]*' is not accepted", message)
+        if key:  # of a parser for one value, which names neither the setting nor the command
+            keys = [field.name for field in fields(PairSource)]
+            message = f"a pairs file has no {key[1]!r}; what it has is {', '.join(keys)}{nearest(key[1], keys)}"
+            command = COMMAND
+        absent = re.search(r"arguments are required: (\w+)\.(\w+)$", message)
+        if absent:
+            message, command = f"{absent[1]} needs --{absent[2]}", f"{COMMAND} {absent[1]}"
         message = _as_choice(message)
-        command = parser.prog.replace(" [options]", "")
         sys.stderr.write(f"error: {message}\n{command} --help lists all\n")
         sys.exit(2)
 

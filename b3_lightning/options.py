@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
+COMMAND = "python -m b3_lightning"
+
 
 class OptionParser(argparse.ArgumentParser):
     """Takes ``--batch_size`` and ``--batch-size`` alike; tells a mistake in a line, with the options that come near."""

@@ -80,10 +80,17 @@ def where_to_begin(folder: Path, settings: str, given: str | None) -> str | None
 
     Raises:
         FileNotFoundError: where the checkpoint that is given does not exist.
-        ValueError: where the folder holds another run.
+        ValueError: where the folder holds another run, or the checkpoint is of a run in another, with its own plans.
     """
     if given is not None:
-        return existing_checkpoint(given)
+        path = existing_checkpoint(given)
+        other = Path(path).resolve().parent.parent
+        if (other / "plans").is_dir() and other != folder.resolve():
+            raise ValueError(
+                f"ckpt_path={given} goes on with the plans of its run, and run.dir={folder} is another: set "
+                f"--run.dir={other}, or begin anew from its export: --model.embedder={other / 'export'}"
+            )
+        return path
     if not any((folder / name).exists() for name in ("metrics.csv", "checkpoints", "export")):
         return None
     last, restart = folder / "checkpoints" / "last.ckpt", os.environ.get("SLURM_RESTART_COUNT", "0")

@@ -31,7 +31,7 @@ def told(
     rows = "".join(f"question {row},answer {row}\n" for row in range(40))
     (tmp_path / "pairs.csv").write_text("qry,pos_text\n" + rows)
     (tmp_path / "other.csv").write_text("question,answer\n" + rows)
-    (tmp_path / "null.csv").write_text("qry,pos_text\n" + rows + "question,\n")
+    (tmp_path / "null.csv").write_text("qry,pos_text\n" + rows + "question,\n,answer\n")
     (tmp_path / "picture.csv").write_text("qry_image_path,pos_text\n" + "no.png,a\n" * 40)
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "half.csv").write_text("question,qry_image_path,pos_text\n" + "what,,that\n" * 40)
@@ -82,11 +82,29 @@ data:
         ),
         (["--data.train_pairs=absent.csv"], "no pairs file absent.csv .looked from"),
         (["--data.train_pairs=empty.csv"], "empty.csv is empty"),
-        (["--data.train_pairs=null.csv"], "the target is null or empty in row.s. 40; mend or remove"),
-        (["--data.train_pairs=picture.csv"], "1 of 1 images under .* cannot be used:\n  no.png: missing .rows 0, 1"),
+        (
+            ["--data.train_pairs={path: other.csv, columns: {question: qry, answer: pos_text}}"],
+            "columns maps .*; write it the other way round, ours first: {'qry': 'question', 'pos_text': 'answer'}",
+        ),
+        (
+            ["--data.train_pairs={path: other.csv, colums: {qry: question}}"],
+            "a pairs file has no 'colums'; what it has is path, .*; did you mean columns",
+        ),
+        (
+            ["--data.train_pairs=null.csv"],
+            "the query is null .* in row.s. 41, and the target is null or empty in row.s. 40, counted from 0; mend",
+        ),
+        (
+            ["--data.train_pairs=picture.csv"],
+            "1 of 1 images under .* .data.image_root. cannot be used:\n  no.png: missing .rows 0, 1",
+        ),
+        (
+            ["--data.train_pairs=picture.csv", "--data.image_root=nowhere"],
+            "under .*/nowhere .data.image_root, which is no folder. cannot be used",
+        ),
         (["--trainer.accelerator=gpu"], "sees no GPU: set --trainer.accelerator=cpu or auto"),
         (["--run.wandb=online"], "no key: `wandb login` or set WANDB_API_KEY; --run.wandb=offline needs none"),
-        (["--data.batch-size=18"], "batch_size=18 must be a multiple of cluster_size=4; nearest: 16"),
+        (["--data.batch-size=18"], "batch_size=18 must be a multiple of cluster_size=4; nearest: 16 or 20"),
         (["--data.batch_size=64"], "40 rows, fewer than batch_size=64.*lower data.batch_size"),
         (["--data.mining.cluster_size=64", "--data.batch_size=64"], "40 rows are fewer than cluster_size=64"),
         (["--data.mining.first_rank=35"], "40 rows are too few for the ranks up to first_rank=35.*lower first_rank"),
@@ -138,7 +156,7 @@ def test_configs_that_are_absent_foreign_or_misspelt(told: Command) -> None:
 def test_unknown_commands_and_missing_arguments(told: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert _holds(told("trian"), "no command 'trian'.*fit, ")
     assert _holds(told("comapre"), "no command 'comapre'; did you mean compare?")
-    assert _holds(told("mine"), "required: mine.output")
+    assert _holds(told("mine"), "mine needs --output\npython -m b3_lightning mine --help lists all")
     alone = ("--model.embedder=null", "--data.teacher=student", "--output=plan")
     assert _holds(told("mine", *alone), "mine needs model.embedder: .* where data.teacher is not the student")
     assert _holds(told("validate"), "data.val_pairs is not set; give a pairs file")
@@ -181,12 +199,18 @@ def test_a_plan_of_other_pairs_and_a_folder_in_use(told: Command, tmp_path: Path
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_going_on_in_the_wrong_folder_or_with_other_batches(told: Command) -> None:
+def test_going_on_in_the_wrong_folder_or_with_other_batches(told: Command, tmp_path: Path) -> None:
     main(["fit", "--config=config.yaml", "--data.val_pairs=pairs.csv"])
     assert _holds(told("fit"), "run.dir=run holds another run; set --run.dir .*--ckpt_path=run/checkpoints/last.ckpt")
     again = ["--data.val_pairs=pairs.csv", "--ckpt_path=run/checkpoints/last.ckpt", "--trainer.max_epochs=2"]
     said = told("fit", *again, "--run.dir=elsewhere")
+    assert _holds(said, "goes on with the plans of its run, and run.dir=elsewhere is another: set --run.dir=.*/run,")
+    assert not (tmp_path / "elsewhere").exists()
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").rename(tmp_path / "moved.ckpt")
+    said = told("fit", *again, "--run.dir=elsewhere", "--ckpt_path=moved.ckpt")
     assert _holds(said, "goes on with a plan that is not in elsewhere.*: set --run.dir to the run that it is of")
+    assert not list((tmp_path / "elsewhere").rglob("*.ckpt")), "nothing was trained that could be gone on with"
+    (tmp_path / "moved.ckpt").rename(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert _holds(told("fit", *again, "--data.batch_size=8"), "differs in batch_size .16 then, 8 now.")
     said = told("validate", *again, "--model.embedder={hidden_sizes: [8]}")
     assert _holds(said, r"weights of another model; \d+ differ, such as model\..*Give model.embedder, model.lora")

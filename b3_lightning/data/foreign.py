@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from b3_lightning.data.ordered import ORDERED
-from b3_lightning.data.pairs import TEXT_AND_IMAGE, Item, PairSource, read_negatives, read_strings
+from b3_lightning.data.pairs import TEXT_AND_IMAGE, Item, PairSource, read_negatives, read_strings, what_maps
 from b3_lightning.data.tables import read_table
 from b3_lightning.mining.groups import permutation
 from b3_lightning.types import name_rows
@@ -119,7 +119,7 @@ def deal_batches(n_rows: int, batch_size: int, *, in_order: bool, seed: int = 0)
 def _names(path: str, found: list[str], columns: Mapping[str, str]) -> dict[str, str]:
     unknown = sorted(set(columns) - set(ALIASES))
     if unknown:
-        raise ValueError(f"--columns names {unknown}; what can be mapped is {list(ALIASES)}")
+        raise ValueError(f"--columns names {unknown}; {what_maps(columns, list(ALIASES))}")
     absent = sorted(set(columns.values()) - set(found))
     if absent:
         raise ValueError(f"{path} has no column {absent}; it has {found}")

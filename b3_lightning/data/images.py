@@ -62,6 +62,11 @@ def check_images(rows_of_path: Mapping[str, list[int]], image_root: Path, *, how
     return {path: seen.digest for path, seen in examine_images(rows_of_path, image_root, how=how).items()}
 
 
+def _told(root: Path) -> str:
+    there = root.resolve()
+    return f"{there} (data.image_root{'' if there.is_dir() else ', which is no folder'})"
+
+
 def examine_images(
     rows_of_path: Mapping[str, list[int]],
     image_root: Path,
@@ -102,7 +107,7 @@ def examine_images(
     if bad:
         listed = "\n".join(f"  {path}: {why} ({name_rows(rows_of_path[path])})" for path, why in list(bad.items())[:5])
         raise ValueError(
-            f"{len(bad)} of {len(results)} images under {image_root.resolve()} cannot be used:\n{listed}"
+            f"{len(bad)} of {len(results)} images under {_told(image_root)} cannot be used:\n{listed}"
             + ("\n  ..." if len(bad) > 5 else "")
         )
     return {path: seen for path, (seen, _) in results.items() if seen is not None}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -226,7 +226,7 @@ def _read_columns(table: pa.Table, source: PairSource) -> dict[str, list[str]]:
         raise ValueError(f"{source.path} holds no rows")
     unknown = sorted(set(source.columns) - {*COLUMNS, *NEGATIVE_COLUMNS})
     if unknown:
-        raise ValueError(f"columns maps {unknown}; what can be mapped is {[*COLUMNS, *NEGATIVE_COLUMNS]}")
+        raise ValueError(f"columns maps {unknown}; {what_maps(source.columns, [*COLUMNS, *NEGATIVE_COLUMNS])}")
     absent = {name: theirs for name, theirs in source.columns.items() if theirs not in table.column_names}
     if absent:
         raise ValueError(f"{source.path} has no column {sorted(absent.values())}; it has {table.column_names}")
@@ -237,11 +237,20 @@ def _read_columns(table: pa.Table, source: PairSource) -> dict[str, list[str]]:
         numbers = name == "group"
         read[name] = read_strings(table, theirs, source.path, numbers) if present else [""] * table.num_rows
     for side, pair in TEXT_AND_IMAGE.items():
-        _check_side(side, pair, read, table.column_names, source)
+        _check_side(side, pair, table.column_names, source)
+    _check_filled(read, table.column_names, source)
     for column, prompt in (("qry", source.query_prompt), ("pos_text", source.target_prompt)):
         if prompt:
             read[column] = [prompt + text for text in read[column]]
     return read
+
+
+def what_maps(given: Mapping[str, str], ours: Sequence[str]) -> str:
+    """What can be mapped to the columns of a file, where something else was named."""
+    turned = {theirs: name for name, theirs in given.items()}
+    if set(turned) <= set(ours):
+        return f"write it the other way round, ours first: {turned}"
+    return f"what can be mapped is {list(ours)}"
 
 
 def read_negatives(table: pa.Table, source: PairSource) -> Iterator[list[Item]]:
@@ -296,20 +305,25 @@ def read_strings(table: pa.Table, column: str, path: str, numbers: bool) -> list
     return pc.fill_null(values, "").to_pylist()  # type: ignore[no-any-return]
 
 
-def _check_side(
-    side: str, pair: tuple[str, str], read: dict[str, list[str]], found: list[str], source: PairSource
-) -> None:
+def _check_side(side: str, pair: tuple[str, str], found: list[str], source: PairSource) -> None:
     text, image = pair
     if not any(source.columns.get(name, name) in found for name in pair):
         raise ValueError(
             f"{source.path} has neither a column {text!r} nor {image!r} for the {side}; it has {found}. "
             f"Map yours: {{path: {source.path}, columns: {{{text}: YOUR_COLUMN}}}} instead of the path alone"
         )
-    empty = [row for row in range(len(read[text])) if not read[text][row].strip() and not read[image][row].strip()]
-    if empty:
-        column = source.columns.get(text, text)
-        hint = "" if column in found else f" (it has no column {column!r}, only {found})"
-        raise ValueError(f"{source.path}: the {side} is null or empty in {name_rows(empty)}{hint}; mend or remove them")
+
+
+def _check_filled(read: dict[str, list[str]], found: list[str], source: PairSource) -> None:
+    wrong = []
+    for side, (text, image) in TEXT_AND_IMAGE.items():
+        empty = [row for row in range(len(read[text])) if not read[text][row].strip() and not read[image][row].strip()]
+        if empty:
+            column = source.columns.get(text, text)
+            hint = "" if column in found else f" (it has no column {column!r}, only {found})"
+            wrong.append(f"the {side} is null or empty in {name_rows(empty)}{hint}")
+    if wrong:
+        raise ValueError(f"{source.path}: {', and '.join(wrong)}, counted from 0; mend or remove them")
 
 
 def count_negatives(pairs: PairTable, wanted: int) -> None:

@@ -32,7 +32,7 @@ def read_table(path: str, split: str = "train") -> pa.Table:
         return read_files(shards_of(place, split)) if find_shards(place) else _read_dataset_folder(place, split)
     if place.suffix or path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise FileNotFoundError(
-            f"no pairs file {path} (looked from {Path.cwd()}; data.pairs_root names another folder)"
+            f"no pairs file {path} (looked from {Path.cwd()}; in a config data.pairs_root names another folder)"
         )
     import datasets
 

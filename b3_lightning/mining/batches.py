@@ -97,8 +97,9 @@ class BatchPlan:
 def check_batch_size(batch_size: int, cluster_size: int) -> None:
     """Refuse a batch that is not made of whole clusters."""
     if batch_size < 1 or batch_size % cluster_size:
-        below = max(cluster_size, batch_size - batch_size % cluster_size)
-        raise ValueError(f"batch_size={batch_size} must be a multiple of cluster_size={cluster_size}; nearest: {below}")
+        below = batch_size - batch_size % cluster_size
+        near = " or ".join(str(size) for size in (below, below + cluster_size) if size > 0)
+        raise ValueError(f"batch_size={batch_size} must be a multiple of cluster_size={cluster_size}; nearest: {near}")
 
 
 class _TaskStream:

@@ -209,7 +209,8 @@ _DATA_FILES = ("plan.parquet", "edges.parquet", "neighbors.safetensors")
 def _describe(folder: Path) -> dict[str, Any]:
     path = folder / "plan.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no mined plan (no plan.json); make one with the 'mine' command")
+        how = f"name its folder, {folder.parent}" if folder.is_file() else "make one with the 'mine' command"
+        raise FileNotFoundError(f"{folder} holds no mined plan (no plan.json); {how}")
     description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if description.get("format_version") != FORMAT_VERSION:
         raise ValueError(

@@ -85,7 +85,12 @@ def _load(given: str) -> Iterator[Run]:
         # a run that was resumed has one folder a start; their names begin with the time
         files = sorted([*path.glob("*.wandb"), *path.glob("wandb/*run-*/*.wandb")])
     if not files:
-        raise FileNotFoundError(f"{given} holds neither metrics.csv nor a .wandb file; name the folder of a run")
+        what = (
+            "holds neither metrics.csv nor a .wandb file"
+            if path.exists()
+            else f"is not there (looked from {Path.cwd()})"
+        )
+        raise FileNotFoundError(f"{given} {what}; name the folder of a run")
     parts = [read_offline_run(file) for file in files]
     rows = [_numbers(row) for part in parts for row in part.history]
     yield Run(parts[-1].name, given, flat(parts[-1].config), rows, read_ranks(path))

@@ -95,8 +95,8 @@ def advice(answer: TaskAnswer, batch_size: int) -> list[str]:
         of_all = round(answer.auto_first_rank / answer.sampled_frac)
         sampled = f" of the sample (about {of_all} of all rows)" if answer.sampled_frac < 1 else ""
         lines.append(
-            f"first_rank: auto would begin at {answer.auto_first_rank}{sampled}, where fewer than 1 in 100 targets are likely "
-            f"right; at rank 0 {answer.suspicious[0]:.0%} are"
+            f"first_rank: auto would begin at {answer.auto_first_rank}{sampled}, where fewer than 1 in 100 targets are "
+            f"likely right; at rank 0 {answer.suspicious[0]:.0%} are"
         )
     return lines
 

@@ -9,7 +9,7 @@ import argparse
 import importlib
 from collections.abc import Sequence
 
-from b3_lightning.options import OptionParser
+from b3_lightning.options import COMMAND, OptionParser
 
 VERBS = {
     "glyphs": "write the quickstart's data: pictures of characters and their names",
@@ -28,7 +28,7 @@ def run_verb(name: str, arguments: Sequence[str]) -> None:
     """Parse the arguments of a verb and run it."""
     verb = importlib.import_module(f"{__name__}.{name}")
     parser = OptionParser(
-        prog=f"python -m b3_lightning {name}",
+        prog=f"{COMMAND} {name}",
         description=verb.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
