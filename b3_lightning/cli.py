@@ -37,7 +37,7 @@ from b3_lightning.mistakes import Parser, check_command, check_devices, tell_idl
 from b3_lightning.model import ContrastiveModule, FullyShardedStrategy
 from b3_lightning.options import COMMAND
 from b3_lightning.reports.compare import keep_old_metrics
-from b3_lightning.reports.outcome import print_outcome
+from b3_lightning.reports.outcome import print_outcome, print_scores
 from b3_lightning.reports.wandb_mode import WandbMode, has_wandb_key, is_offline
 from b3_lightning.terminal import quieten, show_log
 from b3_lightning.trainer import B3Trainer, wait_patiently
@@ -106,6 +106,12 @@ class B3CLI(LightningCLI):
         parser.add_lightning_class_args(Remine, "remine")
         parser.add_lightning_class_args(HardnessMonitor, "hardness")
         parser.add_lightning_class_args(MiningReport, "report")
+
+    def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser: LightningArgumentParser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand in ("validate", "test"):
+            parser.set_defaults({"verbose": False})  # Lightning's table of them; ours is printed after
+        return parser
 
     def before_instantiate_classes(self) -> None:
         unused = self.subcommand in ("mine", "plan") and self._get(self.config, "data").teacher != "student"
@@ -249,6 +255,16 @@ class B3CLI(LightningCLI):
     def after_fit(self) -> None:
         if self.trainer.is_global_zero:
             print_outcome(self.trainer, Path(self.run.dir), offline=self.run.is_offline())
+
+    def after_validate(self) -> None:
+        self._print_scores("val")
+
+    def after_test(self) -> None:
+        self._print_scores("test")
+
+    def _print_scores(self, split: str) -> None:
+        if self.trainer.is_global_zero:
+            print_scores(self.trainer.callback_metrics, self.model.metrics, split)
 
     def after_mine(self) -> None:
         if self.trainer.is_global_zero:

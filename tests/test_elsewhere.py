@@ -51,6 +51,7 @@ def test_rows_in_batch_order(plan: MinedPlan, tmp_path: Path, capsys: pytest.Cap
     said = capsys.readouterr().out
     assert "13 batches of 16 in 208 rows" in said
     assert "2 rows fill none" in said
+    assert "only their number was checked" in said
 
 
 def test_rows_in_their_own_order_with_a_column(plan: MinedPlan, tmp_path: Path) -> None:
@@ -124,8 +125,10 @@ def test_triplets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("several_targets", 3, False),
         ("conflicting_key", 2, True),
     }
+    kinds = pq.read_table(tmp_path / "found.parquet")["wrong"].to_pylist()
+    assert kinds == sorted(kinds, reverse=True), "what is wrong comes first"
     said = capsys.readouterr().out
-    assert "6 rows, 6 negatives, 0 batches" in said
+    assert "6 rows (counted from 0), 6 negatives, 0 batches" in said
     assert "qry = anchor" in said
 
 
@@ -141,6 +144,8 @@ def test_several_negatives_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ("repeated_negative", 1, True),
     }
     assert "neg_text = negative, negative_2" in capsys.readouterr().out
+    assert _audit(tmp_path, {**pairs, "negative": ["x", None]}, status=None) == {("no_negative", 1, True)}
+    assert _audit(tmp_path, {**pairs, "negative": [None, None]}, status=None) == set()
     numbered = {"negative_1": ["x", "tb"], "negative_2": ["x", "z"]}
     assert _audit(tmp_path, {**pairs, **numbered}, status=3) == {
         ("repeated_negative", 0, True),

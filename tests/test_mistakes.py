@@ -263,6 +263,23 @@ def test_a_plan_mined_with_other_settings_tells_which(caplog: pytest.LogCaptureF
     assert _holds(caplog.text, "data.plan=plan was mined with cluster_size=4, not 8: data.mining is without effect")
 
 
+def test_vectors_in_another_order_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [f"{row},question {row},answer {row}\n" for row in range(400)]
+    (tmp_path / "pairs.csv").write_text("id,qry,pos_text\n" + "".join(rows))
+    query, noise = np.random.default_rng(0).normal(size=(2, 400, 16))
+    target = query + 0.3 * noise
+    for name, order in (("right", np.arange(400)), ("turned", np.arange(400)[::-1])):
+        caplog.clear()
+        np.save(tmp_path / f"{name}.npy", np.stack([query, target[order]]))
+        main(["mine", f"--data.train_pairs={tmp_path / 'pairs.csv'}", f"--data.teacher={tmp_path / name}.npy",
+              f"--run.dir={tmp_path / 'run'}", f"--output={tmp_path / name}", "--data.batch_size=16",
+              "--data.mining={first_rank: 1, n_ranks: 10, cluster_size: 4}"])  # fmt: skip
+        told = re.search(
+            r"task 'pairs': the teacher puts the own target first for \d.\d% of the 400 queries", caplog.text
+        )
+        assert (told is not None) == (name == "turned")
+
+
 @pytest.mark.usefixtures("told")
 def test_batches_that_are_hardly_harder_than_random_ones_are_told(caplog: pytest.LogCaptureFixture) -> None:
     mine = ["mine", "--config=config.yaml", "--data.mining.n_ranks=1"]

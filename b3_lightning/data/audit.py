@@ -25,6 +25,7 @@ MEANING = {
     "negative_is_own_positive": "a negative of the row is its own positive",
     "negative_is_positive_of_query": "a negative of the row is the positive of another row with the same query",
     "negative_is_query": "a negative of the row is its query",
+    "no_negative": "the row has no negative, others have: an empty text may be trained on as one",
     "repeated_negative": "the row has the same negative twice",
     "query_is_target": "query and target are the same",
     "duplicate_pair": "query and target of an earlier row, again",
@@ -41,8 +42,8 @@ MEANING = {
     "filler": "a random batch's hardest negative is harder than all of this batch (true of half the rows by chance)",
 }
 WORTH_A_LOOK = {
-    "query_is_target", "repeated_negative", "shared_target", "several_targets", "duplicate_pair", "uneven_batch",
-    "suspected_false_negative", "filler",
+    "query_is_target", "no_negative", "repeated_negative", "shared_target", "several_targets", "duplicate_pair",
+    "uneven_batch", "suspected_false_negative", "filler",
 }  # fmt: skip
 """Findings that may be as they should; all others are wrong."""
 OF_BATCH = {"one_label_batch", "uneven_batch"}
@@ -125,9 +126,11 @@ def _negatives(pairs: ForeignPairs) -> Iterator[Finding]:
     positives: dict[Item, dict[Item, int]] = {}
     for row, (query, target) in enumerate(zip(pairs.query, pairs.target, strict=True)):
         positives.setdefault(normal(query), {}).setdefault(normal(target), row)
-    for row, items in enumerate(pairs.negatives):
+    for row, items in enumerate(pairs.negatives if pairs.n_negatives else []):
         if row in pairs.again:
             continue
+        if not items:
+            yield Finding("no_negative", row)
         query, target = pairs.query[row], pairs.target[row]
         seen: set[Item] = set()
         for item in items:

@@ -53,7 +53,7 @@ class RetrievalMetrics(Metric):
 
     Keeps the vectors of the validation set, because a rank needs all targets; every row counts once, also where a
     distributed sampler repeats rows to even out the processes. ``rank_of_row_N2`` (int64: row id, rank from 0) are the
-    ranks that the last ``compute`` found, by row.
+    ranks that the last ``compute`` found, by row, among ``n_targets`` unique ones.
     """
 
     full_state_update = False
@@ -66,6 +66,7 @@ class RetrievalMetrics(Metric):
         for name in ("query", "target", "key"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
         self.rank_of_row_N2 = torch.empty(0, 2, dtype=torch.int64)
+        self.n_targets = 0
 
     def update(
         self, query_BD: Tensor, target_BD: Tensor, *, row_B: Tensor, query_key_B: Tensor, target_key_B: Tensor
@@ -94,6 +95,7 @@ class RetrievalMetrics(Metric):
             )
         rank_N = positive_ranks(query_ND[first_N], target_ND[first_N], key_N3[first_N, 1], key_N3[first_N, 2])
         self.rank_of_row_N2 = torch.stack([key_N3[first_N, 0], rank_N], dim=1).cpu()
+        self.n_targets = len(key_N3[:, 2].unique())
         return rank_metrics(rank_N)
 
 

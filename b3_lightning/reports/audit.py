@@ -18,7 +18,8 @@ from b3_lightning.mining.store import write_atomic
 
 def print_audit(console: Console, found: Sequence[Finding], pairs: ForeignPairs, batches: str) -> None:
     """Print every kind of finding with the rows it concerns, wrong ones first, and an example of each."""
-    about = f"{len(pairs):,} rows, {pairs.n_negatives:,} negatives, {len(pairs.batches):,} batches{batches}"
+    rows = f"{len(pairs):,} rows (counted from 0)"
+    about = f"{rows}, {pairs.n_negatives:,} negatives, {len(pairs.batches):,} batches{batches}"
     named = ", ".join(f"{ours} = {theirs}" if ours != theirs else ours for ours, theirs in pairs.columns.items())
     console.print(f"{about}\ncolumns: {named}", highlight=False)
     kinds: dict[str, list[Finding]] = {}
@@ -62,7 +63,11 @@ def _short(text: str) -> str:
 
 
 def write_audit(path: Path, found: Sequence[Finding], pairs: ForeignPairs) -> None:
-    """Write one line a finding: row, finding, wrong, exact, batch, other_row, n_others, detail, query, target."""
+    """Write one line a finding, wrong ones first.
+
+    Columns: row, finding, wrong, exact, batch, other_row, n_others, detail, query, target.
+    """
+    found = sorted(found, key=lambda one: not one.wrong)
     columns = {
         "row": pa.array([one.row for one in found], pa.int64()),
         "finding": pa.array([one.name for one in found], pa.string()),

@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from rich.table import Table
 
+from b3_lightning.model.metrics import RetrievalMetrics
 from b3_lightning.reports.compare import SHOWN, best_validation
 
 
 def print_outcome(trainer: L.Trainer, folder: Path, *, offline: bool) -> None:
     """Print the best and the last validation of a run, where things lie, and what to do next."""
     console = Console()
-    console.print(f"\n{trainer.global_step} steps, {trainer.current_epoch} epochs", highlight=False)
-    if "val/mrr" in trainer.callback_metrics and (folder / "metrics.csv").is_file():
+    epochs = "1 epoch" if trainer.current_epoch == 1 else f"{trainer.current_epoch} epochs"
+    console.print(f"\n{trainer.global_step} steps, {epochs}", highlight=False)
+    validated = "val/mrr" in trainer.callback_metrics
+    if validated and (folder / "metrics.csv").is_file():
         best = best_validation(folder)
         table = Table("metric", "best", "last", title="all unique validation targets")
         for name in SHOWN:
             table.add_row(name, f"{best[name]:.4f}", f"{float(trainer.callback_metrics[name]):.4f}")
         console.print(table)
     console.print(f"run      {folder}  (config.yaml, metrics.csv, checkpoints)", highlight=False)
-    console.print(f"export   {folder / 'export'}  (the best weights; SentenceTransformer loads it)", highlight=False)
+    which = "best" if validated else "last"
+    console.print(f"export   {folder / 'export'}  (the {which} weights; SentenceTransformer loads it)", highlight=False)
     if any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
         note = f"offline; upload with: wandb sync {folder}/wandb/offline-run-*" if offline else "online"
         console.print(f"W&B      {folder / 'wandb'}  ({note})", highlight=False)
     console.print("next     python -m b3_lightning compare RUN RUN ...  |  --data.batches=random for the baseline arm")
+
+
+def print_scores(scores: Mapping[str, Any], metrics: RetrievalMetrics, split: str) -> None:
+    """Print what ``validate`` or ``test`` found.
+
+    Args:
+        scores: by name, as logged.
+        metrics: that found them.
+        split: ``val`` or ``test``.
+    """
+    table = Table("metric", "value")
+    for name in (name.replace("val/", f"{split}/") for name in SHOWN):
+        table.add_row(name, f"{float(scores[name]):.4f}")
+    console = Console(highlight=False)
+    console.print(f"{len(metrics.rank_of_row_N2):,} queries, each against {metrics.n_targets:,} unique targets")
+    console.print(table)

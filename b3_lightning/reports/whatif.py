@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from b3_lightning.mining.store import write_atomic, write_text
 from b3_lightning.mining.whatif import Figure, TaskAnswer
@@ -71,8 +71,8 @@ def advice(answer: TaskAnswer, batch_size: int) -> list[str]:
             f"no cluster size asked about divides |B| = {batch_size}, or the task has fewer rows: nothing to advise"
         ]
     lines = [
-        f"mined batches of {batch_size} are as hard as random ones of about {round(best.as_random):,}"
-        f"{' (all rows)' if best.as_random >= answer.n_sampled else ''}, with {_setting(answer, best)}"
+        f"advised: {_setting(answer, best)}. Mined batches of {batch_size} are then as hard as random ones of about "
+        f"{round(best.as_random):,}{' (all rows)' if best.as_random >= answer.n_sampled else ''}"
     ]
     if best.suspected > MOST_SUSPECTED:
         lines.append(
@@ -81,14 +81,14 @@ def advice(answer: TaskAnswer, batch_size: int) -> list[str]:
             "(data.mining.max_relative_score)"
         )
     else:
-        lines.append(f"{best.suspected:.1%} of the rows then have a suspected false negative in their batch")
+        lines.append(f"{best.suspected:.1%} of the rows have a suspected false negative in their batch")
     if not answer.reliable:
         lines.append(
             f"careful: the teacher puts a query's own target first for only {1 - answer.beaten:.0%} of the queries, so "
             "what it ranks high is no sure evidence: hardness says little here, and suspects are undercounted. Take a "
             "better teacher (data.teacher) before long runs"
         )
-    lines += [line for goal in _GOALS if (line := _size_for(answer, best, goal))]
+    lines += _sizes(answer, best)
     if best.as_random < 1.5 * batch_size:
         lines.append("mining buys little here: the clusters are hardly harder than chance")
     if answer.suspicious and answer.auto_first_rank > best.first_rank:
@@ -96,7 +96,7 @@ def advice(answer: TaskAnswer, batch_size: int) -> list[str]:
         sampled = f" of the sample (about {of_all} of all rows)" if answer.sampled_frac < 1 else ""
         lines.append(
             f"first_rank: auto would begin at {answer.auto_first_rank}{sampled}, where fewer than 1 in 100 targets are "
-            f"likely right; at rank 0 {answer.suspicious[0]:.0%} are"
+            f"likely right: a safer window, and an easier one; at rank 0 {answer.suspicious[0]:.0%} are"
         )
     return lines
 
@@ -111,14 +111,20 @@ def _setting(answer: TaskAnswer, figure: Figure) -> str:
     return f"cluster_size {figure.cluster_size}, first_rank {figure.first_rank} and n_ranks {figure.n_ranks}{sampled}"
 
 
-def _size_for(answer: TaskAnswer, best: Figure, goal: int) -> str:
-    """The smallest mined batch, with the same setting, that is as hard as a random one of ``goal`` rows."""
+def _sizes(answer: TaskAnswer, best: Figure) -> list[str]:
+    """The smallest mined batches, with the same setting, that are as hard as random ones of usual sizes."""
     least = best.cluster_size / MOST_OF_BATCH
     own = [figure for figure in answer.mined if figure.setting == best.setting and figure.batch_size >= least]
-    enough = [figure.batch_size for figure in own if figure.as_random >= goal]
-    if not enough or min(enough) >= goal or goal > answer.n_sampled:
-        return ""
-    return f"instead of random batches of {goal:,}: mined batches of {min(enough):,}"
+    lines, none = [], []
+    for goal in (goal for goal in _GOALS if goal <= answer.n_sampled):
+        enough = [figure.batch_size for figure in own if goal <= figure.as_random and figure.batch_size < goal]
+        if enough:
+            lines.append(f"instead of random batches of {goal:,}: mined batches of {min(enough):,}")
+        else:
+            none.append(f"{goal:,}")
+    if none:
+        lines.append(f"no smaller mined batch asked about is as hard as random ones of {' or '.join(none)}")
+    return lines
 
 
 def _rows(answer: TaskAnswer) -> str:
@@ -131,14 +137,15 @@ def _rows(answer: TaskAnswer) -> str:
 
 
 def _table(answer: TaskAnswer, batch_size: int) -> Table:
-    table = Table("setting", "hardness", "as random |B|", "rows with suspects", title=f"|B| = {batch_size}")
+    head = (Column("setting", no_wrap=True), "hardness without suspects", "as random |B|", "rows with suspects")
+    table = Table(*head, title=f"|B| = {batch_size}")
     for figure in (figure for figure in answer.random if figure.batch_size == batch_size):
-        table.add_row("random", f"{figure.clean:.3g}", f"{batch_size}", f"{figure.suspected:.1%}")
+        table.add_row("random", f"{figure.clean:.3f}", f"{batch_size}", f"{figure.suspected:.1%}")
     best = _advised(answer, batch_size)
     for figure in (figure for figure in answer.mined if figure.batch_size == batch_size):
         name = f"K {figure.cluster_size}, ranks {figure.first_rank} to {figure.first_rank + figure.n_ranks - 1}"
-        style = "bold green" if figure is best else None
-        cells = (f"{figure.clean:.3g}", f"{round(figure.as_random):,}", f"{figure.suspected:.1%}")
+        name, style = (f"{name} (advised)", "bold green") if figure is best else (name, None)
+        cells = (f"{figure.clean:.3f}", f"{round(figure.as_random):,}", f"{figure.suspected:.1%}")
         table.add_row(name, *cells, style=style)
     return table
 

@@ -42,3 +42,4 @@ def run(given: argparse.Namespace) -> None:
     console = Console(highlight=False)
     console.print(f"{written.n_batches} batches of {given.batch_size} in {written.n_rows} rows: {given.output}")
     console.print(left)
+    console.print("that these pairs are those that were mined, only their number was checked for", style="dim")
