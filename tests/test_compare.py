@@ -144,7 +144,7 @@ def test_two_runs_are_printed_with_interval_settings_and_a_page(
     assert "one/run" in said
     assert "other/run" in said
     assert "│ val/mrr │ 0.5000 │ 0.7000 │" in said
-    assert "│ step │ 20 │ 30 │" in said  # the steps of the best MRR
+    assert "│ steps │ 21 │ 31 │" in said  # at the best MRR; logged steps count from 0
     assert "data.batches" in said
     assert "points above one/run, both at their best val/mrr; 95% over 200 queries" in said
     assert "+56.25 [" in said  # MRR: 150 of 200 queries go from 1/4 to 1
@@ -174,7 +174,8 @@ def test_a_loss_is_best_where_it_is_lowest_and_many_runs_stand_below_each_other(
     [
         (["{one}", "--output=page.png"], "must end in .html"),
         (["{one}", "--metric=val/absent"], "holds no val/absent"),
-        (["nowhere"], "holds neither metrics.csv nor a .wandb file"),
+        (["nowhere"], "nowhere is not there .looked from .*name the folder of a run"),
+        (["."], "holds neither metrics.csv nor a .wandb file"),
         (["wandb:project"], "wandb:ENTITY/PROJECT"),
     ],
 )

@@ -60,7 +60,8 @@ class Comparison:
     def figures(self) -> dict[str, list[str]]:
         """Metric -> its value in every run, at the best validation."""
         names = dict.fromkeys([self.metric, *SHOWN])
-        listed = {"step": [f"{row['step']:.0f}" if "step" in row else "" for row in self.best]}
+        # loggers count steps from 0; checkpoints and ``fit`` say how many were done
+        listed = {"steps": [f"{row['step'] + 1:.0f}" if "step" in row else "" for row in self.best]}
         for name in names:
             if any(name in row for row in self.best):
                 listed[name] = [f"{row[name]:.4f}" if name in row else "" for row in self.best]
