@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import dis
 import logging
 import re
 import sys
@@ -14,7 +12,6 @@ from typing import Any, NoReturn
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
 from b3_lightning.callbacks import Remine
@@ -26,12 +23,6 @@ from b3_lightning.model.embedder import SmallEmbedder
 from b3_lightning.options import COMMAND, as_known, nearest
 
 log = logging.getLogger(__name__)
-
-OUT_OF_MEMORY = (
-    "the GPU ran out of memory. Embed a batch in chunks, which keeps |B| as it is: --model.chunks.items=16 (smaller "
-    "chunks need less); for validation and mining lower data.eval_batch_size; model.load.gradient_checkpointing=true, "
-    "model.load.max_seq_length and --trainer.precision=bf16-mixed help too"
-)
 
 
 class Parser(LightningArgumentParser):
@@ -82,21 +73,6 @@ def _as_choice(message: str) -> str:
         return message
     choices = dict.fromkeys(one for listed in re.findall(literals, types) for one in re.findall(r"[\w-]+", listed))
     return f"{name}={value} is none of {', '.join(choices)}"
-
-
-def check_command(given: Sequence[str], commands: Sequence[str]) -> None:
-    """Refuse a command line that begins with an unknown command or none.
-
-    Raises:
-        ValueError: naming the commands.
-    """
-    listed = f"the commands are {', '.join(commands)}"
-    words = [word for word in given if not word.startswith("-")]
-    if not given:
-        raise ValueError(f"name a command: {listed}. Begin with: python -m b3_lightning --help")
-    if words and words[0] == given[0] and words[0] not in commands:
-        near = difflib.get_close_matches(words[0], commands, n=1)
-        raise ValueError(f"there is no command {words[0]!r}{f'; did you mean {near[0]}?' if near else ''} ({listed})")
 
 
 def check_devices(accelerator: Any, devices: Any) -> None:
@@ -166,24 +142,3 @@ def _tell_other_plan(mining: MiningSettings, folder: str) -> None:
             folder,
             ", ".join(f"{name}={getattr(planned, name)}, not {getattr(mining, name)}" for name in other),
         )
-
-
-def told(error: Exception) -> str | None:
-    """What to tell of an error in a line; None where it is a bug, whose traceback is wanted."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"{OUT_OF_MEMORY} ({str(error).splitlines()[0]})"
-    if isinstance(error, MisconfigurationException) or _is_ours(error):
-        return str(error)
-    return None
-
-
-def _is_ours(error: Exception) -> bool:
-    """Does it come from a ``raise`` in this package? Then it tells of a mistake in settings or data, not of a bug."""
-    if not isinstance(error, ValueError | OSError):
-        return False
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    if place is None or not str(place.tb_frame.f_globals.get("__name__")).startswith("b3_lightning."):
-        return False
-    return dis.opname[place.tb_frame.f_code.co_code[place.tb_lasti]] == "RAISE_VARARGS"

@@ -1,34 +1,13 @@
-"""What reaches the terminal: this package's log, without the advice and the bars of the libraries beneath."""
+"""What the libraries beneath print, without their advice and their bars."""
 
 from __future__ import annotations
 
 import logging
-import sys
 import warnings
 
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from jsonargparse._deprecated import JsonargparseDeprecationWarning
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from transformers.utils.logging import disable_progress_bar
-
-
-class _ToStderr(logging.Handler):
-    """Looks ``sys.stderr`` up for each line, since a live progress bar replaces it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(self.format(record) + "\n")
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Only warnings from other processes than the first, as Lightning counts them under any launcher."""
-        return record.levelno >= logging.WARNING or rank_zero_only.rank == 0  # type: ignore[attr-defined]
-
-
-def show_log() -> None:
-    """Show what the package logs: once, not from every process."""
-    log = logging.getLogger("b3_lightning")
-    log.setLevel(logging.INFO)
-    if not log.handlers:
-        log.addHandler(_ToStderr())
 
 
 def quieten() -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from b3_lightning.cli import main
+from b3_lightning.cli import TRAINER_COMMANDS, main
+from b3_lightning.lightning_cli import B3CLI
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "b3_lightning"
@@ -32,9 +33,10 @@ LAYERS = (
     "reports",
     "callbacks",
     "trainer",
+    "terminal",
     "verbs",
     "mistakes",
-    "terminal",
+    "lightning_cli",
     "cli",
     "__main__",
 )
@@ -85,8 +87,18 @@ def test_backends_are_imported_in_one_place() -> None:
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
-    code = "import sys, b3_lightning; assert not {'torch', 'lightning', 'wandb'} & set(sys.modules)"
+    code = "import sys, b3_lightning.cli; assert not {'torch', 'lightning', 'wandb'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+@pytest.mark.parametrize("verb", ["audit", "batches"])
+def test_commands_that_read_tables_do_not_wait_for_a_trainer(verb: str) -> None:
+    code = f"import sys, b3_lightning.verbs.{verb}; print(*{{'lightning', 'transformers', 'wandb'}} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd="/", text=True).strip() == ""
+
+
+def test_the_commands_of_the_trainer_are_those_that_lightning_adds() -> None:
+    assert list(B3CLI.subcommands()) == list(TRAINER_COMMANDS)
 
 
 CONFIGS = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs" / "ablations").glob("*.yaml")])

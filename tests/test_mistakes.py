@@ -305,7 +305,7 @@ def test_running_out_of_memory_is_answered_with_what_helps(told: Command, monkey
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-    monkeypatch.setattr("b3_lightning.cli.B3CLI.before_fit", full)
+    monkeypatch.setattr("b3_lightning.lightning_cli.B3CLI.before_fit", full)
     assert _holds(told("fit"), r"ran out of memory.*--model.chunks.items=16.*Tried to allocate 2.00 GiB")
 
 
@@ -313,6 +313,6 @@ def test_a_bug_keeps_its_traceback(told: Command, monkeypatch: pytest.MonkeyPatc
     def broken(*_: object) -> None:
         [].index(3)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("b3_lightning.cli.B3CLI.before_fit", broken)
+    monkeypatch.setattr("b3_lightning.lightning_cli.B3CLI.before_fit", broken)
     with pytest.raises(ValueError, match="not in list"):
         main(["fit", "--config=config.yaml"])

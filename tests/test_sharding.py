@@ -18,9 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
-from b3_lightning.cli import B3CLI, main
+from b3_lightning.cli import main
 from b3_lightning.data.collate import prepare
 from b3_lightning.data.pairs import Item
+from b3_lightning.lightning_cli import B3CLI
 from b3_lightning.mining import PATIENCE
 from b3_lightning.model import ContrastiveModule, LoadSettings, LoraSettings, SmallEmbedder
 from b3_lightning.model.embedder import load_embedder

@@ -15,8 +15,8 @@ from conftest import Run, losses
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from b3_lightning.callbacks.requeue import queue_again, where_to_begin
+from b3_lightning.cli import show_log
 from b3_lightning.model import ContrastiveModule
-from b3_lightning.terminal import show_log
 
 JOB = {
     "SLURM_JOB_ID": "71", "SLURM_JOB_NAME": "b3", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1",

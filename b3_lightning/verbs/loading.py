@@ -8,6 +8,7 @@ from typing import Any
 
 from b3_lightning.evaluation.encode import EvalModel, device_of
 from b3_lightning.model.embedder import LoadSettings
+from b3_lightning.terminal import quieten
 
 
 def add_loading(group: Any) -> None:
@@ -22,6 +23,7 @@ def add_loading(group: Any) -> None:
 
 def load_model(given: argparse.Namespace, *, fuse: bool = False) -> EvalModel:
     """``--model``, loaded by those settings that the verb has as options."""
+    quieten()
     names = (field.name for field in fields(LoadSettings))
     settings = {name: getattr(given, name) for name in names if hasattr(given, name)}
     return EvalModel.load(given.model, LoadSettings(**settings), device_of(given.device), fuse=fuse)

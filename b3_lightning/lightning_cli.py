@@ -1,0 +1,317 @@
+"""LightningCLI with ``mine`` and ``plan`` beside fit and the others."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from jsonargparse import DefaultHelpFormatter
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from rich.console import Console
+
+from b3_lightning import __version__
+from b3_lightning.callbacks import (
+    Clock,
+    EmbeddingWriter,
+    Export,
+    HardnessMonitor,
+    KeepRanks,
+    MiningReport,
+    Remine,
+    Requeue,
+    TerminateOnNaN,
+)
+from b3_lightning.callbacks.requeue import where_to_begin
+from b3_lightning.checkpoints import CheckedCheckpointIO, LastCheckpoint, StepCheckpoint
+from b3_lightning.data import PairsDataModule
+from b3_lightning.mining.store import check_folder
+from b3_lightning.mistakes import Parser, check_devices, tell_idle, tell_weights
+from b3_lightning.model import ContrastiveModule, FullyShardedStrategy
+from b3_lightning.options import COMMAND
+from b3_lightning.reports.compare import keep_old_metrics
+from b3_lightning.reports.outcome import print_outcome, print_scores
+from b3_lightning.reports.wandb_mode import WandbMode, has_wandb_key, is_offline
+from b3_lightning.terminal import quieten
+from b3_lightning.trainer import B3Trainer, wait_patiently
+from b3_lightning.verbs import VERBS
+
+DESCRIPTION = "Train embedding models on batches mined to be hard (B3)."
+EPILOG = (
+    "also (VERB --help says more):\n"
+    + "".join(f"  {name:<10}{does}\n" for name, does in VERBS.items())
+    + """
+start with:
+  python -m b3_lightning glyphs --output data/glyphs
+  python -m b3_lightning fit --config configs/quickstart.yaml
+  python -m b3_lightning fit --help             every setting of a config
+"""
+)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where a run lives and how it is logged.
+
+    Args:
+        dir: the run's folder: config.yaml, metrics.csv, checkpoints, plans, export, wandb.
+        project: of W&B.
+        group: of W&B; runs to be compared share one. Absent: the folder's name.
+        tags: of W&B.
+        wandb: ``auto`` is online where a key is set and offline elsewhere.
+        checkpoint_every_n_steps: write ``last.ckpt`` also after so many optimiser steps, and not at the end of an epoch
+            only; a killed run goes on from there with the batches that were left, to the same losses.
+        merge_adapter: export a LoRA model whole, with the adapter put into its weights, and not the adapter alone.
+    """
+
+    dir: str = "runs/default"
+    project: str = "b3_lightning"
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    wandb: WandbMode = "auto"
+    checkpoint_every_n_steps: int | None = None
+    merge_adapter: bool = False
+
+    def is_offline(self) -> bool:
+        """Does W&B stay on this machine?"""
+        return is_offline(self.wandb)
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Keep config.yaml in the run's folder, and give W&B the same settings."""
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        settings = yaml.safe_load(self.parser.dump(self.config))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_hyperparams(settings)
+
+
+class B3CLI(LightningCLI):
+    """Adds ``run`` and ``remine`` to the settings, loggers and callbacks to the trainer, and checks before a run."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "mine": {"model", "datamodule"}, "plan": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(RunSettings, "run")
+        parser.add_lightning_class_args(Remine, "remine")
+        parser.add_lightning_class_args(HardnessMonitor, "hardness")
+        parser.add_lightning_class_args(MiningReport, "report")
+
+    def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser: LightningArgumentParser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand in ("validate", "test"):
+            parser.set_defaults({"verbose": False})  # Lightning's table of them; ours is printed after
+        return parser
+
+    def before_instantiate_classes(self) -> None:
+        unused = self.subcommand in ("mine", "plan") and self._get(self.config, "data").teacher != "student"
+        if self._get(self.config, "model").embedder is None and not unused:
+            raise ValueError(
+                f"{self.subcommand} needs model.embedder: --model.embedder=PATH_OR_NAME, or a small one's sizes, such "
+                "as {hidden_sizes: [32, 64]}. Only mine and plan do without, where data.teacher is not the student"
+            )
+
+    @property
+    def run(self) -> RunSettings:
+        return RunSettings(**vars(self._get(self.config_init, "run")))
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        given = self._get(self.config_init, "trainer")
+        check_devices(given.get("accelerator"), given.get("devices"))
+        kwargs.setdefault("default_root_dir", self.run.dir)
+        kwargs["plugins"] = [*_listed(given.get("plugins")), CheckedCheckpointIO()]
+        if given.get("logger") is None:
+            kwargs["logger"] = self._loggers()
+        callbacks = list(given.get("callbacks") or [])
+        if self.subcommand == "fit":
+            if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+                callbacks += self._checkpoints()
+            elif self.run.checkpoint_every_n_steps is not None:
+                raise ValueError(
+                    "run.checkpoint_every_n_steps is without effect where trainer.callbacks holds a ModelCheckpoint of "
+                    "your own: set every_n_train_steps there"
+                )
+            export = Export(self.parser_dump(), self.run.merge_adapter)
+            callbacks += [TerminateOnNaN(), Clock(), KeepRanks(), Requeue(), export]
+        else:
+            kwargs["enable_checkpointing"] = False
+        if self.subcommand == "predict":
+            callbacks.append(EmbeddingWriter())
+        if given.get("enable_progress_bar") is not False:
+            callbacks.append(RichProgressBar(leave=True))
+        trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        wait_patiently(trainer.strategy)
+        return trainer
+
+    def parser_dump(self) -> str:
+        """The run's settings as YAML."""
+        config = self.config.get(str(self.subcommand), self.config)
+        text: str = self._parser(self.subcommand).dump(config, skip_unset=True)
+        return text
+
+    def _parse_ckpt_path(self) -> None:
+        """Not here: a checkpoint holds no settings, and is read by ``CheckedCheckpointIO`` alone."""
+
+    def _loggers(self) -> list[Any]:
+        if self.subcommand in ("mine", "plan", "predict"):
+            return []
+        run = self.run
+        if run.wandb == "online" and not has_wandb_key():
+            raise ValueError(
+                "run.wandb=online, but there is no key: `wandb login` or set WANDB_API_KEY; "
+                "--run.wandb=offline needs none"
+            )
+        name = "" if self.subcommand == "fit" else str(self.subcommand)
+        loggers: list[Any] = [CSVLogger(run.dir, name=name, version="")]
+        if run.wandb != "disabled" and self.subcommand == "fit":
+            loggers.append(
+                WandbLogger(
+                    project=run.project,
+                    name=Path(run.dir).name,
+                    save_dir=run.dir,
+                    offline=run.is_offline(),
+                    group=run.group or Path(run.dir).name,
+                    job_type=self._get(self.config_init, "data").batches,
+                    tags=run.tags,
+                )
+            )
+        return loggers
+
+    def _checkpoints(self) -> list[ModelCheckpoint]:
+        """The best by validation, where there is one, and the last; a run that is interrupted leaves its last too.
+
+        Not where weights are cut over the processes: they do not stop at the same moment, so none can gather the rest.
+        """
+        folder = Path(self.run.dir) / "checkpoints"
+        strategy = self._get(self.config_init, "trainer").get("strategy")
+        cut = strategy == FullyShardedStrategy.NAME or isinstance(strategy, FullyShardedStrategy)
+        about: dict[str, Any] = {"dirpath": folder, "filename": "last", "enable_version_counter": False}
+        checkpoints: list[ModelCheckpoint] = [
+            LastCheckpoint(**about, save_on_exception=not cut, save_on_train_epoch_end=True)
+        ]
+        if self.run.checkpoint_every_n_steps is not None:
+            checkpoints.append(StepCheckpoint(**about, every_n_train_steps=self.run.checkpoint_every_n_steps))
+        if self._get(self.config, "data").get("val_pairs") is None:
+            return checkpoints
+        best = ModelCheckpoint(
+            dirpath=folder,
+            monitor="val/mrr",
+            mode="max",
+            filename="best-epoch{epoch:04d}-step{step:06d}",
+            auto_insert_metric_name=False,
+            save_on_train_epoch_end=False,
+        )
+        return [best, *checkpoints]
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        self.datamodule.trainer = self.trainer
+        if subcommand in ("validate", "test", "predict"):
+            self.datamodule.setup(subcommand)  # before other processes start, as ``before_fit`` and the others do
+        super()._run_subcommand(subcommand)
+
+    def before_fit(self) -> None:
+        check_folder(Path(self.run.dir))
+        given = self._get(self.config, "ckpt_path")
+        self.config_init["fit"]["ckpt_path"] = where_to_begin(Path(self.run.dir), self.parser_dump(), given)
+        self._get(self.config_init, "remine").check(self.datamodule, self.trainer)
+        self.datamodule.setup("fit")
+        if self.trainer.is_global_zero:
+            tell_idle(self.datamodule, self._get(self.config_init, "remine"))
+            self._begin_run()
+
+    def _begin_run(self) -> None:
+        folder = Path(self.run.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(self.parser_dump(), encoding="utf-8")
+        keep_old_metrics(folder)
+
+    def before_mine(self) -> None:
+        output = Path(self._get(self.config, "output"))
+        check_folder(output)
+        if (output / "plan.json").exists():
+            raise ValueError(f"output={output} holds another plan; name a new folder")
+        self.datamodule.load("train")
+
+    def before_plan(self) -> None:
+        check_folder(Path(self._get(self.config, "output") or self.run.dir))
+        self.datamodule.load("train")
+
+    def before_validate(self) -> None:
+        if self.trainer.is_global_zero:
+            tell_weights(self._get(self.config, "ckpt_path"), self.model.source, Path(self.run.dir))
+
+    before_test = before_predict = before_validate
+
+    def after_fit(self) -> None:
+        if self.trainer.is_global_zero:
+            print_outcome(self.trainer, Path(self.run.dir), offline=self.run.is_offline())
+
+    def after_validate(self) -> None:
+        self._print_scores("val")
+
+    def after_test(self) -> None:
+        self._print_scores("test")
+
+    def _print_scores(self, split: str) -> None:
+        if self.trainer.is_global_zero:
+            print_scores(self.trainer.callback_metrics, self.model.metrics, split)
+
+    def after_mine(self) -> None:
+        if self.trainer.is_global_zero:
+            output = self._get(self.config, "output")
+            Console().print(f"plan and report: {output}  (report.html)\ntrain on it: --data.plan={output}")
+
+
+def _listed(given: Any) -> list[Any]:
+    if given is None:
+        return []
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
+class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the epilog."""
+
+
+def run_lightning(args: list[str] | None) -> None:
+    """Run a command that needs a trainer; ``args`` default to those of the process."""
+    quieten()
+    FullyShardedStrategy.register()
+    mode = {"parser_mode": "omegaconf+"}
+    # DDP starts its other processes with sys.argv, so that must stay as it is on a real command line
+    argv = sys.argv
+    if args is not None:
+        sys.argv = argv[:1]
+    try:
+        B3CLI(
+            ContrastiveModule,
+            PairsDataModule,
+            trainer_class=B3Trainer,
+            parser_class=Parser,
+            trainer_defaults={"reload_dataloaders_every_n_epochs": 1, "use_distributed_sampler": False},
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={
+                **mode,
+                "prog": COMMAND,
+                "version": __version__,
+                "formatter_class": _Help,
+                "description": DESCRIPTION,
+                "epilog": EPILOG,
+                **{name: dict(mode) for name in B3CLI.subcommands()},
+            },
+            args=args,
+        )
+    finally:
+        sys.argv = argv
