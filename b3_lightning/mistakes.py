@@ -55,7 +55,7 @@ class Parser(LightningArgumentParser):
         absent = re.search(r"arguments are required: (\w+)\.(\w+)$", message)
         if absent:
             message, command = f"{absent[1]} needs --{absent[2]}", f"{COMMAND} {absent[1]}"
-        message = _as_choice(message)
+        message = _as_kind(_as_choice(message))
         sys.stderr.write(f"error: {message}\n{command} --help lists all\n")
         sys.exit(2)
 
@@ -73,6 +73,24 @@ def _as_choice(message: str) -> str:
         return message
     choices = dict.fromkeys(one for listed in re.findall(literals, types) for one in re.findall(r"[\w-]+", listed))
     return f"{name}={value} is none of {', '.join(choices)}"
+
+
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "collections.abc.Sequence": "a list, such as [1,2],",
+}
+
+
+def _as_kind(message: str) -> str:
+    """What a value should be, in words instead of Python's types."""
+    wrong = re.fullmatch(
+        r"""(?:Parser )?key "([\w.]+)":\s+Expected a <class '([\w.]+)'>\. Got value: (.*)""", message, re.S
+    )
+    if wrong is None or wrong[2] not in _KINDS:
+        return message
+    return f"{wrong[1]}={wrong[3].strip()}: {_KINDS[wrong[2]]} is needed"
 
 
 def check_devices(accelerator: Any, devices: Any) -> None:

@@ -49,11 +49,10 @@ class LossSettings:
 
     def __post_init__(self) -> None:
         low, high = self.temperature_range
-        if self.temperature <= 0 or not 0 < low < high:
-            raise ValueError(
-                f"temperature={self.temperature} must be above 0 and temperature_range={self.temperature_range} "
-                "positive and rising"
-            )
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0")
+        if not 0 < low < high:
+            raise ValueError(f"temperature_range={self.temperature_range} must be positive and rising")
         if self.learn_temperature == "no" and self.temperature_range != LossSettings.temperature_range:
             raise ValueError(
                 f"model.loss.temperature_range={self.temperature_range} is without effect with learn_temperature=no: "
