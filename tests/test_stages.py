@@ -15,10 +15,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
+from stages_worker import SETTINGS, mine_in, vectors
 from torch import Tensor
 
 from b3_lightning.data.teacher import encoder_fingerprint, map_rows
@@ -26,17 +25,6 @@ from b3_lightning.mining import MinedPlan, MiningSettings, Processes, Stages, fi
 from b3_lightning.mining.stages import Stage
 from b3_lightning.model.embedder import LoadSettings, load_embedder
 from b3_lightning.types import Embeddings
-
-SETTINGS = MiningSettings(first_rank=1, n_ranks=6, cluster_size=4)
-
-
-def vectors(n_rows: int, seed: int = 0) -> npt.NDArray[np.float32]:
-    return np.random.default_rng(seed).normal(size=(n_rows, 8)).astype(np.float32)
-
-
-def mine_in(folder: Path, **changes: object) -> MinedPlan:
-    arguments = {"settings": SETTINGS, "target_keys": range(200), **changes}
-    return mine(vectors(200), vectors(200, seed=1), stages=Stages(folder), **arguments)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -64,7 +52,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 sys.path.insert(0, sys.argv[3])
-import test_stages
+import stages_worker
 from b3_lightning.mining import neighbors
 from b3_lightning.mining.stages import Stage
 neighbors.TILE_ROWS = 20
@@ -76,7 +64,7 @@ def dying(stage, part, tensors):
     left -= 1
     put(stage, part, tensors)
 Stage.put = dying
-test_stages.mine_in(Path(sys.argv[1]))
+stages_worker.mine_in(Path(sys.argv[1]))
 """
 
 
@@ -104,7 +92,7 @@ from types import SimpleNamespace
 from typing import Any
 sys.path.insert(0, sys.argv[2])
 import torch, torch.distributed as dist
-import test_stages
+import stages_worker
 from b3_lightning.mining import Processes, Stages, help_mine, mine, neighbors
 from b3_lightning.mining.stages import Stage
 neighbors.TILE_ROWS = 20
@@ -119,9 +107,9 @@ def all_true(mine):
     dist.all_reduce(told, op=dist.ReduceOp.MIN)
     return bool(told)
 folder = Path(sys.argv[1])
-about = {"settings": test_stages.SETTINGS, "target_keys": range(200), "tasks": ["a", "b"] * 100}
+about = {"settings": stages_worker.SETTINGS, "target_keys": range(200), "tasks": ["a", "b"] * 100}
 about["stages"] = Stages(folder / "stages", Processes(rank, dist.get_world_size(), all_true))
-vectors = test_stages.vectors(200), test_stages.vectors(200, seed=1)
+vectors = stages_worker.vectors(200), stages_worker.vectors(200, seed=1)
 if rank == 0:
     mine(*vectors, **about).save(folder / "plan")
 else:
