@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from gradients_worker import SIDES, WAYS_OVER_PROCESSES, Bag, backward_of, batch_of, loss_of, train_in_process
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
@@ -19,107 +19,9 @@ from b3_lightning.data import PairsDataModule
 from b3_lightning.data.collate import Features, prepare
 from b3_lightning.data.pairs import Item
 from b3_lightning.model import ContrastiveModule
-from b3_lightning.model.contrast import contrast_batch
-from b3_lightning.model.distributed import average_gradients
 from b3_lightning.model.embedder import LoadSettings, LoraSettings, load_embedder
 from b3_lightning.model.gradcache import GradCache, check_chunkable
-from b3_lightning.model.loss import LossSettings
 from b3_lightning.types import ChunkSettings
-
-N_ROWS = 12
-SIDES = ("query", "target", "negative")
-SETTINGS = LossSettings(temperature=0.1, symmetric=True, mask_margin=0.3, hardness=2.0, matryoshka_dims=[3])
-
-
-class Bag(nn.Module):
-    """Texts as rows of word ids padded with 0, of uneven lengths; dropout, so that random numbers matter."""
-
-    def __init__(self, dropout: float) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.words = nn.Embedding(50, 8, padding_idx=0)
-        self.out = nn.Sequential(nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 6))
-        self.double()
-
-    def forward(self, words: Tensor) -> Tensor:
-        hidden: Tensor = self.out(self.words(words).sum(dim=1) / (words > 0).sum(dim=1, keepdim=True))
-        return hidden
-
-
-def _texts(n_texts: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    words = torch.randint(1, 50, (n_texts, 7), generator=generator)
-    length = torch.randint(1, 8, (n_texts, 1), generator=generator)
-    return words * (torch.arange(7) < length)
-
-
-def _batch(rank: int, world_size: int, *, sparse: bool = False) -> dict[str, Tensor]:
-    """This process's share of 12 rows with 2 hard negatives each, some of them lacking, and rows to be left out.
-
-    ``sparse``: the second half of the rows has no hard negative.
-    """
-    masked = torch.full((N_ROWS, 2), -1)
-    masked[3], masked[8] = torch.tensor([3, 0]), torch.tensor([100, -1])
-    negative = torch.arange(100, 100 + 2 * N_ROWS)
-    negative[5] = -1
-    if sparse:
-        negative[N_ROWS:] = -1
-    whole = {
-        "query": _texts(N_ROWS, 1),
-        "target": _texts(N_ROWS, 2),
-        "negative": _texts(2 * N_ROWS, 3),
-        "row_B": torch.arange(N_ROWS),
-        "query_key_B": torch.arange(N_ROWS) // 2,
-        "target_key_B": torch.arange(N_ROWS) // 3,
-        "group_key_B": torch.where(torch.arange(N_ROWS) % 5 == 0, 0, -1),
-        "negative_row_N": negative,
-        "negative_query_key_N": negative,
-        "negative_target_key_N": torch.where(negative % 7 == 0, 1, negative),
-        "negative_group_key_N": torch.where(negative % 11 == 0, 0, -1),
-        "masked_BM": masked,
-    }
-    return {name: values.chunk(world_size)[rank] for name, values in whole.items()}
-
-
-def _loss(vectors: list[Tensor], batch: dict[str, Tensor], rank: int) -> Tensor:
-    query, target, negative = vectors
-    about: dict[str, Any] = {"settings": SETTINGS, "temperature": SETTINGS.temperature, "rank": rank}
-    return contrast_batch(query, target, negative, batch, **about)[0]
-
-
-def _backward(model: nn.Module, rank: int, world_size: int, chunk: int | None, *, sparse: bool) -> None:
-    batch = _batch(rank, world_size, sparse=sparse)
-    cache = None if chunk is None else GradCache(lambda features: model(features["words"]))
-
-    def embed(words: Tensor) -> Tensor:
-        parts = words.split(chunk or len(words))
-        vectors = [model(part) if cache is None else cache.encode({"words": part}) for part in parts]
-        return F.normalize(torch.cat(vectors), dim=1)
-
-    vectors = [embed(batch[side]) for side in SIDES[:2]]
-    there = bool((batch["negative_row_N"] >= 0).any())
-    vectors.append(embed(batch["negative"]) if there else vectors[0].new_zeros(len(batch["negative"]), 6))
-    _loss(vectors, batch, rank).backward()
-    if cache is not None:
-        cache.backward()
-        average_gradients(model.parameters())
-
-
-WAYS_OVER_PROCESSES: dict[int, list[tuple[int | None, bool]]] = {
-    2: [(None, False), (5, False), (None, True), (5, True)],
-    3: [(None, False)],
-}
-"""By number of processes: chunk, and whether one process has no hard negative."""
-
-
-def _worker(rank: int, world_size: int, port: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    for way, (chunk, sparse) in enumerate(WAYS_OVER_PROCESSES[world_size]):
-        plain = Bag(dropout=0.0)
-        model: nn.Module = plain if chunk is not None else nn.parallel.DistributedDataParallel(plain)
-        _backward(model, rank, world_size, chunk, sparse=sparse)
-        torch.save([parameter.grad for parameter in plain.parameters()], Path(folder) / f"gradient-{way}-{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -127,10 +29,10 @@ def test_gradients_over_processes_equal_those_of_the_whole_batch(world_size: int
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    spawn(_worker, (world_size, port, str(tmp_path)), nprocs=world_size)
+    spawn(train_in_process, (world_size, port, str(tmp_path)), nprocs=world_size)
     for way, (_, sparse) in enumerate(WAYS_OVER_PROCESSES[world_size]):
         model = Bag(dropout=0.0)
-        _backward(model, 0, 1, None, sparse=sparse)
+        backward_of(model, 0, 1, None, sparse=sparse)
         for rank in range(world_size):
             found = torch.load(tmp_path / f"gradient-{way}-{rank}.pt", weights_only=True)
             _assert_equal(model, found, 1e-10)
@@ -149,12 +51,12 @@ def _assert_equal(model: nn.Module, gradients: list[Any], tolerance: float) -> N
 def test_chunks_repeat_the_random_numbers_of_dropout() -> None:
     whole, chunked = Bag(dropout=0.5), Bag(dropout=0.5)
     torch.manual_seed(7)
-    batch = _batch(0, 1)
+    batch = batch_of(0, 1)
     vectors = [F.normalize(torch.cat([whole(part) for part in batch[side].split(5)]), dim=1) for side in SIDES]
-    _loss(vectors, batch, 0).backward()
+    loss_of(vectors, batch, 0).backward()
     after = torch.rand(1)
     torch.manual_seed(7)
-    _backward(chunked, 0, 1, 5, sparse=False)
+    backward_of(chunked, 0, 1, 5, sparse=False)
     assert torch.equal(torch.rand(1), after)  # the second pass leaves the generator where the first did
     _assert_equal(whole, [parameter.grad for parameter in chunked.parameters()], 1e-12)
 
