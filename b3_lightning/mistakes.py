@@ -18,11 +18,17 @@ from b3_lightning.callbacks import Remine
 from b3_lightning.callbacks.export import is_export
 from b3_lightning.checkpoints import existing_checkpoint
 from b3_lightning.data import PairsDataModule, PairSource
+from b3_lightning.data.pairs import TeacherPrompts
 from b3_lightning.mining import MinedPlan, MiningSettings
-from b3_lightning.model.embedder import SmallEmbedder
+from b3_lightning.model.embedder import LoadSettings, LoraSettings, SmallEmbedder
 from b3_lightning.options import COMMAND, as_known, nearest
+from b3_lightning.types import ChunkSettings
 
 log = logging.getLogger(__name__)
+
+
+_NESTED: tuple[Any, ...] = (PairSource, TeacherPrompts, LoraSettings, LoadSettings, SmallEmbedder, ChunkSettings)
+"""Settings that are given as one value."""
 
 
 class Parser(LightningArgumentParser):
@@ -49,8 +55,9 @@ class Parser(LightningArgumentParser):
             message = f"there is no setting {name}{nearest(name, known)}"
         key = re.fullmatch(r"Option '(\w+)[\w.]*' is not accepted", message)
         if key:  # of a parser for one value, which names neither the setting nor the command
-            keys = [field.name for field in fields(PairSource)]
-            message = f"a pairs file has no {key[1]!r}; what it has is {', '.join(keys)}{nearest(key[1], keys)}"
+            keys = dict.fromkeys(field.name for kind in _NESTED for field in fields(kind))
+            message = f"no setting takes {key[1]!r}{nearest(key[1], keys)}"
+        if not command.startswith(COMMAND):
             command = COMMAND
         absent = re.search(r"arguments are required: (\w+)\.(\w+)$", message)
         if absent:
@@ -79,6 +86,7 @@ _KINDS = {
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
+    "list": "a list, such as [1,2],",
     "collections.abc.Sequence": "a list, such as [1,2],",
 }
 

@@ -84,8 +84,8 @@ def where_to_begin(folder: Path, settings: str, given: str | None) -> str | None
     """
     if given is not None:
         path = existing_checkpoint(given)
-        other = Path(path).resolve().parent.parent
-        if (other / "plans").is_dir() and other != folder.resolve():
+        other = _run_of(Path(path))
+        if other is not None and (other / "plans").is_dir() and not _has_plans_of(folder, Path(path)):
             raise ValueError(
                 f"ckpt_path={given} goes on with the plans of its run, and run.dir={folder} is another: set "
                 f"--run.dir={other}, or begin anew from its export: --model.embedder={other / 'export'}"
@@ -103,6 +103,17 @@ def where_to_begin(folder: Path, settings: str, given: str | None) -> str | None
             return None
     how = f"or go on with it: --ckpt_path={last}" if last.is_file() else "or remove it: it has no last checkpoint"
     raise ValueError(f"run.dir={folder} holds another run; set --run.dir to a new folder, {how}")
+
+
+def _run_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that wrote a checkpoint, where it lies as ``fit`` left it."""
+    run = checkpoint.absolute().parent.parent
+    return run if checkpoint.parent.name == "checkpoints" and (run / "config.yaml").is_file() else None
+
+
+def _has_plans_of(folder: Path, checkpoint: Path) -> bool:
+    """Is the checkpoint this folder's own, or are there plans here, which are compared with its own later?"""
+    return (folder / "plans").is_dir() or (folder / "checkpoints").resolve() == checkpoint.resolve().parent
 
 
 def _same_settings(path: Path, settings: str) -> bool:

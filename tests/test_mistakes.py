@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from b3_lightning.callbacks import Export, Remine
+from b3_lightning.callbacks.requeue import where_to_begin
 from b3_lightning.cli import main
 from b3_lightning.data import PairsDataModule
 from b3_lightning.mining import MiningSettings
@@ -88,8 +89,10 @@ data:
         ),
         (
             ["--data.train_pairs={path: other.csv, colums: {qry: question}}"],
-            "a pairs file has no 'colums'; what it has is path, .*; did you mean columns",
+            "no setting takes 'colums'; did you mean columns.\npython -m b3_lightning",
         ),
+        (["--model.lora={rnk: 8}"], "no setting takes 'rnk'"),
+        (["--model.chunks={item: 8}"], "no setting takes 'item'; did you mean items"),
         (
             ["--data.train_pairs=null.csv"],
             "the query is null .* in row.s. 41, and the target is null or empty in row.s. 40, counted from 0; mend",
@@ -217,6 +220,27 @@ def test_going_on_in_the_wrong_folder_or_with_other_batches(told: Command, tmp_p
     assert _holds(said, r"weights of another model; \d+ differ, such as model\..*Give model.embedder, model.lora")
 
 
+def test_a_checkpoint_is_refused_only_where_its_plans_lie_in_another_run(tmp_path: Path) -> None:
+    """Not one that was kept elsewhere, nor where the run's folders are links, nor where the plans were copied."""
+    run, scratch = tmp_path / "run", tmp_path / "scratch"
+    for name in ("checkpoints", "plans"):
+        (scratch / name).mkdir(parents=True)
+    (scratch / "config.yaml").touch()
+    last = scratch / "checkpoints" / "last.ckpt"
+    last.touch()
+    run.mkdir()
+    with pytest.raises(ValueError, match=r"goes on with the plans of its run, .* set --run.dir=.*/scratch,"):
+        where_to_begin(run, "", str(last))
+    (run / "checkpoints").symlink_to(scratch / "checkpoints")
+    assert where_to_begin(run, "", str(run / "checkpoints" / "last.ckpt")) is not None
+    (run / "checkpoints").unlink()
+    (run / "plans").mkdir()
+    assert where_to_begin(run, "", str(last)) == str(last)
+    kept = tmp_path / "scratch" / "kept.ckpt"
+    last.rename(kept)
+    assert where_to_begin(tmp_path / "new", "", str(kept)) == str(kept)
+
+
 def test_evaluation_says_whose_weights_it_uses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     last, export, base = tmp_path / "checkpoints/last.ckpt", tmp_path / "export", tmp_path / "base"
     for folder, card in (
@@ -297,7 +321,8 @@ def test_batches_that_are_hardly_harder_than_random_ones_are_told(caplog: pytest
 def test_a_run_that_diverges_ends_and_leaves_no_weights(validated: bool, told: Command, tmp_path: Path) -> None:
     settings = ["--model.optim.learning_rate=1e30", "--trainer.gradient_clip_val=0", "--data.batches=random"]
     said = told("fit", *settings, *(["--data.val_pairs=pairs.csv"] if validated else []))
-    assert re.search(r"training has diverged: \d+ of \d+ trained weights are not finite after step 2; lower", said)
+    assert re.search(r"training has diverged: \d+ trained weights are not finite after step 2; lower", said)
+    assert "weights of before" not in said
     assert not list((tmp_path / "run").rglob("*.ckpt"))
     assert not (tmp_path / "run" / "export").exists()
 

@@ -61,11 +61,14 @@ def test_of_a_csv_all_is_text_unless_types_are_asked_for(tmp_path: Path) -> None
 
 
 def test_what_looks_like_a_date_is_a_text(tmp_path: Path) -> None:
-    rows = [{"text": "2024-01-05", "negatives": ["2024-01-06", "x"], "id": 1}, {"text": "2024-01-07", "id": 2}]
-    rows[1]["negatives"] = ["2023-01-01 10:00:00"]
+    rows = [
+        {"id": 1, "text": "2024-01-05", "negatives": ["2024-01-06", "x"]},
+        {"id": 2, "text": "2024-01-07", "negatives": ["2023-01-01 10:00:00"]},
+    ]
     path = tmp_path / "table.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert read_file(path).to_pylist() == rows
+    assert read_file(path).column_names == ["id", "text", "negatives"]
     rows[0]["negatives"] = ["2024-01-06"]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert read_file(path).to_pylist() == rows

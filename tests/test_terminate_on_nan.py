@@ -24,8 +24,15 @@ class _Module(LightningModule):
 def test_only_broken_weights_that_are_trained_end_a_run(tmp_path: Path) -> None:
     module, guard = _Module(), TerminateOnNaN()
     kept = ModelCheckpoint(dirpath=tmp_path, save_on_exception=True)
-    kept.last_model_path = "last.ckpt"
-    trainer = cast(Any, SimpleNamespace(global_step=50, log_every_n_steps=50, checkpoint_callbacks=[kept]))
+    kept.last_model_path, kept.best_model_path = str(tmp_path / "last.ckpt"), str(tmp_path / "absent.ckpt")
+    (tmp_path / "last.ckpt").touch()
+    strategy = SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision)
+    trainer = cast(
+        Any,
+        SimpleNamespace(
+            global_step=50, log_every_n_steps=50, checkpoint_callbacks=[kept], interrupted=False, strategy=strategy
+        ),
+    )
     outputs = {"loss": torch.tensor(torch.nan)}
     module.frozen.weight.data.fill_(torch.nan)
     guard.on_train_batch_end(trainer, module, outputs, None, 49)
@@ -33,6 +40,13 @@ def test_only_broken_weights_that_are_trained_end_a_run(tmp_path: Path) -> None:
     module.trained.bias.data[1] = torch.inf
     trainer.global_step = 51
     guard.on_train_batch_end(trainer, module, outputs, None, 50)  # between logged steps nothing is looked at
-    with pytest.raises(ValueError, match=r"1 of 2 trained weights .* after step 51; .*weights of before: last.ckpt"):
+    with pytest.raises(ValueError, match=r"1 trained weights are .* after step 51; .*weights of before: .*/last.ckpt"):
         guard.on_save_checkpoint(trainer, module, {})
+    trainer.interrupted = True
+    guard.on_save_checkpoint(trainer, module, {})  # raises nothing where Lightning is about to tear down
+    guard.on_exception(trainer, module, KeyboardInterrupt())
     assert kept.save_on_exception is False
+    trainer.strategy.reduce_boolean_decision = lambda decision, all: True
+    trainer.state = SimpleNamespace(fn="fit")
+    with pytest.raises(ValueError, match="trained weights of another process are not finite"):
+        guard.on_validation_start(trainer, _Module())

@@ -271,7 +271,7 @@ def _tell_blind_teacher(mined: MinedPlan) -> None:
     for task, name in enumerate(mined.task_names):
         own = found_N[mined.task_N == task]
         share = float(own.double().mean())
-        if share < max(_LEAST_FOUND, 3 / len(own)):
+        if share < max(_LEAST_FOUND, min(3 / len(own), 0.1)):
             log.warning(
                 "task %r: the teacher puts the own target first for %.1f%% of the %d queries, as chance would: are its "
                 "vectors in the order of the pairs, and is it a model of such data? What it mines is as good as random",

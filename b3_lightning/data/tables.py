@@ -132,11 +132,12 @@ def _read_csv(path: Path, typed: bool) -> pa.Table:
 def _read_jsonl(path: Path) -> pa.Table:
     """Texts that look like dates stay texts: JSON has no dates, and the reader makes some."""
     table = pyarrow.json.read_json(path)
-    texts = [pa.field(column.name, _with_texts(column.type)) for column in table.schema]
-    schema = pa.schema([column for column in texts if not table.schema.field(column.name).equals(column)])
+    fields = [pa.field(column.name, _with_texts(column.type)) for column in table.schema]
+    schema = pa.schema([column for column in fields if not table.schema.field(column.name).equals(column)])
     if not len(schema):
         return table
-    return pyarrow.json.read_json(path, parse_options=pyarrow.json.ParseOptions(explicit_schema=schema))
+    texts = pyarrow.json.read_json(path, parse_options=pyarrow.json.ParseOptions(explicit_schema=schema))
+    return texts.select(table.column_names)  # named fields come first, in whatever order a file has them
 
 
 def _with_texts(kind: pa.DataType) -> pa.DataType:
