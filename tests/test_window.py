@@ -67,6 +67,23 @@ def test_masked_ids_are_the_ranks_before_the_window() -> None:
     assert torch.equal(mined.masked_ids(ids_B), mined.neighbors.ids_NW[ids_B, :6])
 
 
+@pytest.mark.parametrize("first_rank", [0, 1, 3, 5, 7])
+def test_no_copy_of_a_masked_target_is_hard(first_rank: int) -> None:
+    """Twelve targets in five rows each: what is masked is masked whichever row holds it."""
+    key = np.arange(60) // 5
+    settings = MiningSettings(first_rank=first_rank, n_ranks=20, cluster_size=4, n_negatives=2, edges="either")
+    mined = mine(vectors(60), vectors(12, seed=1)[key], settings=settings, target_keys=key)
+    n_hard = []
+    for row in range(60):
+        masked = {key[other] for other in mined.neighbors.ids_NW[row][mined.window.masked_NW[row]].tolist()}
+        hard = mined.neighbors.ids_NW[row][mined.window.hard_NW[row]].tolist()
+        negatives = [other for other in mined.negative_NH[row].tolist() if other >= 0]
+        assert not masked & {key[other] for other in (*hard, *negatives)}
+        assert len(masked) == -(-first_rank // 5)
+        n_hard.append(len(hard))
+    assert set(n_hard) == {20 - -first_rank % 5}
+
+
 def labelled(n_rows: int, n_labels: int, seed: int = 0) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     rng = np.random.default_rng(seed)
     return rng.normal(size=(n_labels, 8)).astype(np.float32), rng.integers(0, n_labels, n_rows)

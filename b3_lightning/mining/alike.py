@@ -46,6 +46,6 @@ def left_out(ids_B: Tensor, ids_C: Tensor, keys: Sequence[Tensor], masked_BM: Te
     return out_BC if masked_BM is None else out_BC | listed(keys_of(masked_BM, keys[0]), keys[0][ids_C])
 
 
-def keys_of(ids_BM: Tensor, key_N: Tensor) -> Tensor:
-    """(B, M) the keys of rows, -1 where there is none."""
-    return key_N[ids_BM.clamp(min=0)].masked_fill(ids_BM == PADDING, PADDING)
+def keys_of(ids: Tensor, key_N: Tensor) -> Tensor:
+    """The keys of rows, in the shape of ``ids``; -1 where there is none."""
+    return key_N[ids.clamp(min=0)].masked_fill(ids == PADDING, PADDING)

@@ -216,7 +216,8 @@ def _mine_task(task: Task, search: Search) -> MinedPlan:
     with timed("neighbours"):
         neighbors = to_device(search.rank(task, choice), backend.device)
     with timed("edges"):
-        window = rank_window(neighbors, settings, first_rank=choice.first_rank, n_ranks=choice.n_ranks)
+        about = {"first_rank": choice.first_rank, "n_ranks": choice.n_ranks}
+        window = rank_window(neighbors, settings, **about, target_key_N=task.keys[0].to(backend.device))
         edges = build_edges(neighbors, window, kind="either" if choice.labels else settings.edges)
     with timed("communities"):
         communities = find_communities(edges, settings, backend)

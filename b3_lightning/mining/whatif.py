@@ -220,7 +220,8 @@ def _cuts(
     settings, backend = search.settings.of_task(task.name), search.backend
     here, host = to_device(neighbors, backend.device), partial(to_device, device=torch.device("cpu"))
     for choice in windows:
-        window = rank_window(here, settings, first_rank=choice.first_rank, n_ranks=choice.n_ranks)
+        about = {"first_rank": choice.first_rank, "n_ranks": choice.n_ranks}
+        window = rank_window(here, settings, **about, target_key_N=task.keys[0].to(backend.device))
         edges = build_edges(here, window, kind="either" if choice.labels else settings.edges)
         arcs = partial(window_arcs, here, window)
         communities = None
