@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,8 +79,11 @@ def test_a_run_killed_in_an_epoch_goes_on_to_the_same_losses(
     assert found == {step: loss for step, loss in expected.items() if step >= goes_on_at}
 
 
-def test_a_checkpoint_of_other_batches_is_refused(whole: Path, fit: Run, models: dict[str, str]) -> None:
-    last = whole / "checkpoints" / "last.ckpt"
+def test_a_checkpoint_of_other_batches_is_refused(
+    whole: Path, fit: Run, models: dict[str, str], tmp_path: Path
+) -> None:
+    last = tmp_path / "last.ckpt"
+    shutil.copy(whole / "checkpoints" / "last.ckpt", last)
     with pytest.raises(SystemExit, match=r"batch_size \(16 then, 8 now\)"):
         fit("text-text", *_settings(models["bert"]), f"--ckpt_path={last}", "--data.batch_size=8", name="other")
     with pytest.raises(SystemExit, match="differs in pairs"):
