@@ -108,4 +108,5 @@ def train_in_process(rank: int, world_size: int, port: int, folder: str) -> None
         model: nn.Module = plain if chunk is not None else nn.parallel.DistributedDataParallel(plain)
         backward_of(model, rank, world_size, chunk, sparse=sparse)
         torch.save([parameter.grad for parameter in plain.parameters()], Path(folder) / f"gradient-{way}-{rank}.pt")
+    dist.barrier()  # all are done before the first takes its connections down
     dist.destroy_process_group()
