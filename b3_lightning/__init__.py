@@ -4,8 +4,9 @@ pairs file -> ``data.pairs.PairTable`` -> teacher vectors -> ``mining.mine``: ne
 -> ``mining.BatchPlan`` -> ``data.PairsDataModule`` -> ``model.ContrastiveModule`` -> export, metrics.
 """
 
-from importlib import import_module
 from typing import Any
+
+from b3_lightning.lazy import attribute
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,4 @@ __all__ = ["__version__", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'b3_lightning' has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
+    return attribute(__name__, _LAZY, name)

@@ -36,7 +36,7 @@ def main(args: list[str] | None = None) -> None:
             from b3_lightning.lightning_cli import run_lightning
 
             run_lightning(args)
-    except Exception as error:
+    except _tellable() as error:
         message = told(error)
         if message is None:
             raise
@@ -58,13 +58,21 @@ def check_command(given: Sequence[str], commands: Sequence[str]) -> None:
         raise ValueError(f"there is no command {words[0]!r}{f'; did you mean {near[0]}?' if near else ''} ({listed})")
 
 
+def _tellable() -> tuple[type[Exception], ...]:
+    return (ValueError, OSError, RuntimeError, *_misconfigured())
+
+
+def _misconfigured() -> tuple[type[Exception], ...]:
+    """Lightning's own error of that kind, where Lightning is loaded: elsewhere nothing raises it."""
+    kind = _loaded("lightning.fabric.utilities.exceptions", "MisconfigurationException", None)
+    return () if kind is None else (kind,)
+
+
 def told(error: Exception) -> str | None:
     """What to tell of an error in a line; None where it is a bug, whose traceback is wanted."""
     if isinstance(error, _loaded("torch", "OutOfMemoryError", ())):
         return f"{OUT_OF_MEMORY} ({str(error).splitlines()[0]})"
-    if isinstance(error, _loaded("lightning.fabric.utilities.exceptions", "MisconfigurationException", ())):
-        return str(error)
-    return str(error) if _is_ours(error) else None
+    return str(error) if isinstance(error, _misconfigured()) or _is_ours(error) else None
 
 
 def _is_ours(error: Exception) -> bool:

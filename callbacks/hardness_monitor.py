@@ -21,6 +21,7 @@ from b3_lightning.data import datamodule_of
 from b3_lightning.data.images import load_image
 from b3_lightning.data.pairs import Item
 from b3_lightning.mining.store import write_text
+from b3_lightning.types import OF_FILE
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ class HardnessMonitor(Callback):
         )
         values = trainer.strategy.reduce(values, reduce_op="mean").double().cpu()
         self._sums[task] = self._sums.get(task, torch.zeros(len(NAMES) + 1)) + torch.cat([values, torch.ones(1)])
-        self._remember(found, contrast, batch, suspected_B, len(datamodule_of(trainer).pairs("train")))
+        self._remember(found, contrast, batch, suspected_B)
         _log(trainer, self._named(trainer, task, values))
 
     def _random_score(self, contrast: Any, task: int) -> Tensor:
@@ -138,11 +139,11 @@ class HardnessMonitor(Callback):
             named |= {f"train/{tasks[task]}/{name}": value for name, value in pairs.items()}
         return named
 
-    def _remember(self, found: BatchHardness, contrast: Any, batch: Any, suspected_B: Tensor, n_rows: int) -> None:
+    def _remember(self, found: BatchHardness, contrast: Any, batch: Any, suspected_B: Tensor) -> None:
         gap_B = (found.hardest_B - found.own_B).double()
         other_B = contrast.column_row_C[found.column_B]
         task_B = torch.full_like(gap_B, float(batch["task"]))
-        of_a_row_B = suspected_B & (other_B < n_rows)  # negatives of the pairs file are listed there
+        of_a_row_B = suspected_B & (other_B != OF_FILE)  # negatives of the pairs file are listed there
         listed_S4 = torch.stack([gap_B, batch["row_B"].double(), other_B.double(), task_B], dim=1)[of_a_row_B].cpu()
         self._suspects = _worst(torch.cat([self._suspects, listed_S4]), self.n_suspects)
 

@@ -21,6 +21,7 @@ from b3_lightning.lightning_cli import B3CLI
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "b3_lightning"
 LAYERS = (
+    "lazy",
     "types",
     "progress",
     "options",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from b3_lightning.mining import fingerprint
 from b3_lightning.types import PADDING
 
 Content = tuple[str, str]
+Value = TypeVar("Value", Content, str)
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,8 @@ class Split:
         contents = {side: [_content(item, digests) for item in pairs.items(side)] for side in TEXT_AND_IMAGE}
         codes: dict[str, dict[Content, int]] = {side: {} for side in contents}
         keys = {side: torch.tensor([_code(content, codes[side]) for content in contents[side]]) for side in contents}
-        groups: dict[str, int] = {}
-        keys["group"] = torch.tensor(
-            [PADDING if group is None else groups.setdefault(group, len(groups)) for group in pairs.groups or []]
-            or [PADDING] * len(pairs)
-        )
+        groups, of_groups = pairs.groups or [None] * len(pairs), dict[str, int]()
+        keys["group"] = torch.tensor([PADDING if group is None else _code(group, of_groups) for group in groups])
         negatives = [[_content(item, digests) for item in items] for items in pairs.negatives]
         negative_keys = [[_code(content, codes["target"]) for content in listed] for listed in negatives]
         return cls(pairs, keys, contents, negatives, negative_keys)
@@ -109,5 +108,5 @@ def _content(item: Item, digests: dict[str, str]) -> Content:
     return item.text, digests[item.image] if item.image else ""
 
 
-def _code(content: Content, codes: dict[Content, int]) -> int:
-    return codes.setdefault(content, len(codes))
+def _code(value: Value, codes: dict[Value, int]) -> int:
+    return codes.setdefault(value, len(codes))

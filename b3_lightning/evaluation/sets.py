@@ -105,10 +105,8 @@ def find_files(data: Path, name: str) -> list[Path]:
     Raises:
         ValueError: where it is there in files of several kinds, which may hold the same rows.
     """
-    for pattern in (f"{name}/test*", f"{name}/data/test*", f"{name}.*"):
-        found = sorted(path for path in data.glob(pattern) if path.suffix in tables.SUFFIXES)
-        if pattern.endswith(".*"):
-            found = [path for path in found if path.stem == Path(name).name]
+    for stem in (f"{name}/test*", f"{name}/data/test*", name):
+        found = sorted(path for suffix in tables.SUFFIXES for path in data.glob(f"{stem}{suffix}"))
         if len({path.suffix for path in found}) > 1:
             listed = ", ".join(str(path.relative_to(data)) for path in found)
             raise ValueError(

@@ -32,7 +32,7 @@ from b3_lightning.mining.settings import MiningSettings
 from b3_lightning.mining.stages import Stage, Stages, fingerprint
 from b3_lightning.mining.swaps import improve_by_swaps
 from b3_lightning.mining.window import rank_window
-from b3_lightning.types import Embeddings, Neighbors, to_device
+from b3_lightning.types import Embeddings, Neighbors, Window, to_device
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +106,12 @@ class Task:
     ids: Tensor
     embeddings: Embeddings
     keys: Sequence[Tensor]
+
+    def window(self, neighbors: Neighbors, settings: MiningSettings, choice: RankChoice) -> Window:
+        """The ranks chosen, of neighbours on any device."""
+        key_N = self.keys[0].to(neighbors.ids_NW.device)
+        ranks = {"first_rank": choice.first_rank, "n_ranks": choice.n_ranks}
+        return rank_window(neighbors, settings, **ranks, target_key_N=key_N)
 
 
 @dataclass(frozen=True)
@@ -216,8 +222,7 @@ def _mine_task(task: Task, search: Search) -> MinedPlan:
     with timed("neighbours"):
         neighbors = to_device(search.rank(task, choice), backend.device)
     with timed("edges"):
-        about = {"first_rank": choice.first_rank, "n_ranks": choice.n_ranks}
-        window = rank_window(neighbors, settings, **about, target_key_N=task.keys[0].to(backend.device))
+        window = task.window(neighbors, settings, choice)
         edges = build_edges(neighbors, window, kind="either" if choice.labels else settings.edges)
     with timed("communities"):
         communities = find_communities(edges, settings, backend)

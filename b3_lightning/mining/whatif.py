@@ -35,7 +35,6 @@ from b3_lightning.mining.ranks import RankChoice, choose_ranks, near_distance
 from b3_lightning.mining.settings import MiningSettings
 from b3_lightning.mining.stages import Stages
 from b3_lightning.mining.swaps import improve_by_swaps
-from b3_lightning.mining.window import rank_window
 from b3_lightning.types import PADDING, Clusters, Neighbors, Window, to_device
 
 _N_ANCHORS = 2048
@@ -220,8 +219,7 @@ def _cuts(
     settings, backend = search.settings.of_task(task.name), search.backend
     here, host = to_device(neighbors, backend.device), partial(to_device, device=torch.device("cpu"))
     for choice in windows:
-        about = {"first_rank": choice.first_rank, "n_ranks": choice.n_ranks}
-        window = rank_window(here, settings, **about, target_key_N=task.keys[0].to(backend.device))
+        window = task.window(here, settings, choice)
         edges = build_edges(here, window, kind="either" if choice.labels else settings.edges)
         arcs = partial(window_arcs, here, window)
         communities = None

@@ -1,7 +1,8 @@
 """The embedder, its loss and metrics, and the LightningModule around them."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from b3_lightning.lazy import attribute
 
 if TYPE_CHECKING:
     from b3_lightning.model.embedder import LoadSettings as LoadSettings
@@ -12,17 +13,15 @@ if TYPE_CHECKING:
     from b3_lightning.model.sharding import FullyShardedStrategy as FullyShardedStrategy
 
 _LAZY = {
-    "LoadSettings": "embedder",
-    "LoraSettings": "embedder",
-    "SmallEmbedder": "embedder",
-    "ContrastiveModule": "module",
-    "OptimSettings": "optim",
-    "FullyShardedStrategy": "sharding",
+    "LoadSettings": "b3_lightning.model.embedder",
+    "LoraSettings": "b3_lightning.model.embedder",
+    "SmallEmbedder": "b3_lightning.model.embedder",
+    "ContrastiveModule": "b3_lightning.model.module",
+    "OptimSettings": "b3_lightning.model.optim",
+    "FullyShardedStrategy": "b3_lightning.model.sharding",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Imported when it is asked for: the loss needs neither Lightning nor sentence-transformers."""
-    if name not in _LAZY:
-        raise AttributeError(f"module 'b3_lightning.model' has no attribute {name!r}")
-    return getattr(import_module(f"b3_lightning.model.{_LAZY[name]}"), name)
+    """The loss needs neither Lightning nor sentence-transformers."""
+    return attribute(__name__, _LAZY, name)
