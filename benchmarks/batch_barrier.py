@@ -3,16 +3,18 @@
     python benchmarks/batch_barrier.py --train TRAIN.parquet [--test TEST.parquet] --vectors TEACHER.npy \
         --student MODEL [--static 128] --output runs/barrier [--epochs 2] [--rate 4e-3] [--temperature 0.1] \
         [--seeds 0 1 2] [--together 2] [--fit=--model.chunks.tokens=512] [--mined 16 64] [--random 64 1024] \
-        [--search rate] [--search-fit=--trainer.limit_train_batches=0.5]
+        [--search rate] [--search-fit=--trainer.limit_train_batches=0.5] \
+        [--candidates TRAIN.parquet]
     python benchmarks/batch_barrier.py --config configs/quickstart.yaml --train ... --test ... --output ...
 
 Blocks of neighbouring rows of TRAIN become the validation part, on which temperature and rate are searched with the
 first seed; TEST is scored with the exports of the chosen points only, and without ``--test`` the tables are of the
-validation part, so that much may be tried before the test is looked at. Every arm passes over the same rows equally
-often, and is scored after its last step. ``--static`` makes the student of MODEL's word embeddings alone, on their
-leading principal axes; with ``--config``, student and teacher are that file's. A run is one ``fit`` on the command
-line; those that are done are not repeated. ``--variant "NAME[@SIZE]=SETTING [SETTING ...]"`` adds a mined arm, of 64
-where no size is given, with settings of the command line changed.
+validation part, so that much may be tried before the test is looked at. ``--candidates`` ranks either among the texts
+of more targets too, as the training file's, without those that are right by its pairs. Every arm passes over the same
+rows equally often, and is scored after its last step. ``--static`` makes the student of MODEL's word embeddings alone,
+on their leading principal axes; with ``--config``, student and teacher are that file's. A run is one ``fit`` on the
+command line; those that are done are not repeated. ``--variant "NAME[@SIZE]=SETTING [SETTING ...]"`` adds a mined arm,
+of 64 where no size is given, with settings of the command line changed.
 """
 
 from __future__ import annotations
@@ -39,14 +41,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from ranks_of import ranks_of
 from safetensors.torch import load_file
 from torch import Tensor
 
 from b3_lightning.cli import main as b3
-from b3_lightning.data.pairs import Item, load_pairs
 from b3_lightning.evaluation.bootstrap import paired_bootstrap
 from b3_lightning.mining.store import write_atomic
-from b3_lightning.model.metrics import positive_ranks, query_metrics
+from b3_lightning.model.metrics import query_metrics
 
 METRICS = ("hit@1", "hit@10", "mrr")
 _BLOCK = 100
@@ -165,28 +167,16 @@ class Searched:
     runs: list[dict[str, Any]]
 
 
-def metrics_of(bench: Bench, name: str, test: str | None) -> dict[str, Tensor]:
-    """Metric -> (N,) of every pair of TEST, among all its unique targets, by the export of a run; or as it ended."""
+def metrics_of(bench: Bench, name: str, test: str | None, candidates: str | None = None) -> dict[str, Tensor]:
+    """Metric -> (N,) of every pair of TEST by the export of a run, among its targets and those of CANDIDATES.
+
+    Without TEST, of the validation part.
+    """
     folder = bench.folder / "runs" / name
-    if test is None:
+    if test is None and candidates is None:
         return query_metrics(load_file(folder / "val_ranks.safetensors")["rank"])
-    vectors = folder / "test" / "embeddings.safetensors"
-    if not vectors.is_file():
-        b3([
-            "predict", *bench.config, f"--model.embedder={folder}/export", f"--data.test_pairs={test}",
-            *bench.fit, "--trainer.precision=32-true", f"--run.dir={folder}/test", "--run.wandb=disabled",
-            "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.enable_progress_bar=false",
-        ])  # fmt: skip
-    found = load_file(vectors)
-    pairs = load_pairs(test)
-    keys = [_keys(pairs.items(side))[found["row"]] for side in ("query", "target")]
-    return query_metrics(positive_ranks(found["query"], found["target"], *keys))
-
-
-def _keys(items: Sequence[Item]) -> Tensor:
-    """(N,) equal where items are."""
-    number = {item: index for index, item in enumerate(dict.fromkeys(items))}
-    return torch.tensor([number[item] for item in items])
+    test = test or f"{bench.folder}/data/val.parquet"
+    return query_metrics(ranks_of(folder, test, candidates, bench.config, bench.fit))
 
 
 def cut(given: argparse.Namespace, data: Path) -> None:
@@ -305,7 +295,7 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("train", "output"):
         parser.add_argument(f"--{name}", required=True)
-    for name in ("test", "vectors", "student", "config"):
+    for name in ("test", "candidates", "vectors", "student", "config"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--static", type=int, metavar="DIM", help="word embeddings alone, on their first so many axes")
     parser.add_argument("--epochs", type=int, default=2)
@@ -338,7 +328,7 @@ def main() -> None:
     arms = list(arms_of(given, bench))
     with ProcessPoolExecutor(given.together, get_context("spawn")) as pool:
         found = list(pool.map(bench.arm, arms))
-    values = [[metrics_of(bench, run["folder"], given.test) for run in one.runs] for one in found]
+    values = [[metrics_of(bench, run["folder"], given.test, given.candidates) for run in one.runs] for one in found]
     print("\n".join([*table(found, values), "", *differences(found, values)]))
 
 
