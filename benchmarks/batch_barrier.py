@@ -48,7 +48,7 @@ from torch import Tensor
 from b3_lightning.cli import main as b3
 from b3_lightning.evaluation.bootstrap import paired_bootstrap
 from b3_lightning.mining.store import write_atomic
-from b3_lightning.model.metrics import query_metrics
+from b3_lightning.model.ranks import query_metrics
 
 METRICS = ("hit@1", "hit@10", "mrr")
 _BLOCK = 100

@@ -18,7 +18,7 @@ from b3_lightning.cli import main as b3
 from b3_lightning.data.pairs import Item, PairTable, load_pairs
 from b3_lightning.mining.store import write_atomic
 from b3_lightning.model.embedder import LoadSettings, load_embedder
-from b3_lightning.model.metrics import positive_ranks
+from b3_lightning.model.ranks import positive_ranks
 
 _TILE = 256
 

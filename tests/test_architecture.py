@@ -92,9 +92,10 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
 
 
-@pytest.mark.parametrize("verb", ["audit", "batches"])
+@pytest.mark.parametrize("verb", ["audit", "batches", "compare"])
 def test_commands_that_read_tables_do_not_wait_for_a_trainer(verb: str) -> None:
-    code = f"import sys, b3_lightning.verbs.{verb}; print(*{{'lightning', 'transformers', 'wandb'}} & set(sys.modules))"
+    heavy = {"lightning", "torchmetrics", "transformers", "wandb"}
+    code = f"import sys, b3_lightning.verbs.{verb}; print(*{heavy} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd="/", text=True).strip() == ""
 
 

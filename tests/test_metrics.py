@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from b3_lightning.model.metrics import RetrievalMetrics, positive_ranks
+from b3_lightning.model.metrics import RetrievalMetrics
+from b3_lightning.model.ranks import positive_ranks
 
 
 def test_by_hand() -> None:

@@ -54,6 +54,7 @@ data:
 """
     (tmp_path / "config.yaml").write_text(config)
     (tmp_path / "foreign.yaml").write_text(config.replace("batch_size", "hard_negatives: 5\n  batch_size"))
+    (tmp_path / "open.yaml").write_text("data: [1,\n")
     (tmp_path / "slip.yaml").write_text(config.replace("first_rank", "frist_rank"))
     monkeypatch.chdir(tmp_path)
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
@@ -154,6 +155,7 @@ def test_configs_that_are_absent_foreign_or_misspelt(told: Command) -> None:
     assert _holds(
         told("fit", config="foreign.yaml"), "no setting data.hard_negatives; did you mean data.n_file_negatives"
     )
+    assert _holds(told("fit", config="open.yaml"), "\n  in open.yaml, line 2, column 1")
     assert _holds(told("fit", config="slip.yaml"), "frist_rank; did you mean data.mining.first_rank")
 
 

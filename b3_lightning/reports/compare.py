@@ -15,7 +15,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from b3_lightning.evaluation.bootstrap import PairedDifference, paired_bootstrap
-from b3_lightning.model.metrics import query_metrics
+from b3_lightning.model.ranks import query_metrics
 from b3_lightning.reports.runs import Run, load_runs, read_csv_run
 
 SHOWN = ("val/hit@1", "val/hit@5", "val/hit@10", "val/mrr", "val/ndcg@10", "val/loss")
