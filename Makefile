@@ -22,11 +22,11 @@ demo: data/glyphs/train.parquet  ## train the quickstart: pictures of characters
 	rm -rf runs/quickstart
 	$(RUN) -m b3_lightning fit --config configs/quickstart.yaml
 
-compare: data/glyphs/train.parquet  ## train the same on random batches, print both
+compare: data/glyphs/train.parquet  ## train on random batches, compare the two
 	test -d runs/quickstart/export || $(MAKE) demo
 	rm -rf runs/quickstart-random
 	$(RUN) -m b3_lightning fit --config configs/quickstart.yaml --data.batches=random --run.dir=runs/quickstart-random
-	$(RUN) -m b3_lightning compare runs/quickstart runs/quickstart-random
+	$(RUN) -m b3_lightning compare runs/quickstart-random runs/quickstart --output compare.html
 
 test: $(VENV)/installed  ## run the tests
 	$(RUN) -m pytest --numprocesses $(WORKERS) --dist worksteal

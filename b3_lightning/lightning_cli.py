@@ -84,7 +84,7 @@ class RunSettings:
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Keep config.yaml in the run's folder, and give W&B the same settings."""
+    """Give W&B the settings that the run's config.yaml holds."""
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         settings = yaml.safe_load(self.parser.dump(self.config))

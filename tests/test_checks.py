@@ -33,9 +33,9 @@ def test_a_plan_is_checked_by_its_own_clusters(batch_size: int, near: str, pairs
 
 
 def test_settings_of_a_mining_that_a_plan_makes_needless_are_not_checked(pairs: str, plan: str) -> None:
-    """Clusters of 32 and a window of 130 ranks go neither with batches of 12 nor with 48 rows."""
+    """Clusters of 8 and a window of 130 ranks go neither with batches of 12 nor with 48 rows."""
     data = PairsDataModule(train_pairs=pairs, plan=plan, batch_size=12)
     data.load("train")
-    with pytest.raises(ValueError, match="batch_size=12 must be a multiple of cluster_size=32"):
+    with pytest.raises(ValueError, match="batch_size=12 must be a multiple of cluster_size=8"):
         data.check_mining()  # as re-mining does
     PairsDataModule(train_pairs=pairs, plan=plan, batch_size=10, batches="random").load("train")

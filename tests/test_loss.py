@@ -166,7 +166,7 @@ def test_a_learned_temperature_moves_within_its_range() -> None:
     [
         ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
         ({"temperature": 0.9, "learn_temperature": "global"}, "outside temperature_range"),
-        ({"temperature_range": (0.01, 0.1)}, "temperature_range=.* is without effect with learn_temperature=no"),
+        ({"temperature_range": (0.01, 0.1)}, "temperature_range=.* is without effect with learn_temperature=none"),
         ({"hardness": -1.0}, "hardness=-1.0"),
         ({"matryoshka_dims": [0]}, "matryoshka_dims"),
     ],

@@ -98,7 +98,7 @@ def test_the_2b_config_with_hard_negatives_trains_and_is_evaluated(
 def test_training_and_evaluation_give_a_model_the_same_texts(name: str, mini: Path) -> None:
     """Datasets without words of the row's own but labels: image token, line breaks and prompts must come out alike."""
     entry = next(entry for entry in MIXTURE if entry["path"] == name)
-    pairs = load_pairs(place([PairSource(**entry)], str(mini / "MMEB-train"), prompts=True))
+    pairs = load_pairs(place([PairSource(**entry)], str(mini / "MMEB-train"), prompts=True, split="original"))
     trained = {item.text for side in ("query", "target") for item in pairs.items(side)}
     evaluated = {item.text for item in read_mmeb(name, ReadSettings(data=mini / "MMEB-eval")).items}
     if name == "MSCOCO":  # the query names the object

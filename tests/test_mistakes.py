@@ -280,14 +280,17 @@ def test_a_baseline_tells_what_it_leaves_without_effect(caplog: pytest.LogCaptur
 @pytest.mark.usefixtures("told")
 def test_a_plan_mined_with_other_settings_tells_which(caplog: pytest.LogCaptureFixture) -> None:
     main(["mine", "--config=config.yaml", "--output=plan"])
-    same, other = MiningSettings(first_rank=1, n_ranks=10, cluster_size=4), MiningSettings(first_rank=1, cluster_size=8)
+    same, other = (
+        MiningSettings(first_rank=1, n_ranks=10, cluster_size=4),
+        MiningSettings(first_rank=1, cluster_size=16),
+    )
     caplog.clear()
     for mining in (MiningSettings(), same):
         tell_idle(PairsDataModule(plan="plan", mining=mining), Remine())
     tell_idle(PairsDataModule(plan="plan", mining=other), Remine(enabled=True))
     assert caplog.text == ""
     tell_idle(PairsDataModule(plan="plan", mining=other), Remine())
-    assert _holds(caplog.text, "data.plan=plan was mined with cluster_size=4, not 8: data.mining is without effect")
+    assert _holds(caplog.text, "data.plan=plan was mined with cluster_size=4, not 16: data.mining is without effect")
 
 
 def test_vectors_in_another_order_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

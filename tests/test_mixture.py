@@ -87,6 +87,34 @@ def test_a_folder_is_read_split_by_split_and_file_by_file(tmp_path: Path) -> Non
         load_pairs(PairSource(str(folder), split="original"))
 
 
+def test_validation_and_test_read_splits_of_their_own(tmp_path: Path) -> None:
+    folder = tmp_path / "qa"
+    for split in ("train", "validation", "test", "dev"):
+        _write(folder, f"{split}-00000-of-00001.parquet", qry=[f"a query to {split}"], pos_text=["b"])
+
+    def read(**given: Any) -> list[str]:
+        data = PairsDataModule(**given)
+        return [
+            item.text for sources in data.sources.values() if sources for item in load_pairs(sources).items("query")
+        ]
+
+    everywhere = dict.fromkeys(("train_pairs", "val_pairs", "test_pairs"), str(folder))
+    assert read(**everywhere) == ["a query to train", "a query to validation", "a query to test"]
+    assert read(val_pairs=PairSource(str(folder), split="dev")) == ["a query to dev"]
+    (folder / "validation-00000-of-00001.parquet").unlink()
+    with pytest.raises(ValueError, match=r"no split 'validation'; it has .*'dev'.*: write \{path: .*qa, split: NAME\}"):
+        read(val_pairs=str(folder))
+
+
+def test_an_absent_split_of_a_hub_name_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(path: str, split: str) -> None:
+        raise ValueError(f"Unknown split {split!r}. Should be one of ['train'].")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(ValueError, match="owner/name, split 'validation': Unknown split"):
+        load_pairs(PairSource("owner/name", split="validation"))
+
+
 # ---- which tasks, how mined
 
 

@@ -29,14 +29,17 @@ from b3_lightning.mining.whatif import Questions, TaskAnswer
 
 log = logging.getLogger(__name__)
 
+_SPLITS = {"train": "train", "val": "validation", "test": "test"}
+"""What is read of a dataset that has splits, unless its source says."""
+
 
 class PairsDataModule(L.LightningDataModule):
     """Pairs in, batches out: mined to be hard, or random.
 
     Args:
         train_pairs: a file, a dataset folder or hub name, a ``PairSource``, or a list of these.
-        val_pairs: the same, for validation.
-        test_pairs: the same, for ``test``; ``predict`` embeds them too.
+        val_pairs: the same, for validation; of a dataset with splits, ``validation``, where its source names none.
+        test_pairs: the same, for ``test``, the split of that name; ``predict`` embeds them too.
         pairs_root: folder that relative paths of pairs files are relative to.
         tasks: train on these of the tasks of ``train_pairs`` only.
         prompts: put the sources' prompts before their texts.
@@ -58,7 +61,7 @@ class PairsDataModule(L.LightningDataModule):
         num_workers: processes that read and prepare batches.
         prefetch_factor: batches that each of them holds ready; torch's 2 where absent.
         pin_memory: hold batches in memory that a GPU copies from while it computes; where there is one, unless set.
-        image_check: ``decode`` every image before training, or read only each ``header``.
+        image_check: ``decode`` every image before training, or only its ``header``; each file is read once, to know it.
         seed: of the draw of batches.
     """
 
@@ -90,8 +93,8 @@ class PairsDataModule(L.LightningDataModule):
         super().__init__()
         given = {"train": train_pairs, "val": val_pairs, "test": test_pairs}
         self.sources = {
-            split: None if sources is None else place(sources, pairs_root, prompts=prompts)
-            for split, sources in given.items()
+            name: None if sources is None else place(sources, pairs_root, prompts=prompts, split=_SPLITS[name])
+            for name, sources in given.items()
         }
         mixture = self.sources["train"] or []
         if mixture:

@@ -47,15 +47,18 @@ Sources = SourceList | str | PairSource | list[str | PairSource]
 """Files, folders or hub names; or a YAML file with a list of them."""
 
 
-def place(sources: Sources, root: str, *, prompts: bool) -> list[PairSource]:
+def place(sources: Sources, root: str, *, prompts: bool, split: str) -> list[PairSource]:
     """Every source with its path under ``root`` and, unless they are wanted, without its prompts.
 
     Args:
         root: folder of relative paths; ``.`` leaves paths as they are, and hub names with them.
+        prompts: whether they are.
+        split: of those that name none.
     """
     placed = []
     for entry in sources if isinstance(sources, list) else [sources]:
         source = _source(entry)
+        source = replace(source, split=source.split or split)
         if root != ".":
             source = replace(source, task=source.name, path=str((Path(root) / source.path).absolute()))
         placed.append(source if prompts else replace(source, query_prompt="", target_prompt=""))

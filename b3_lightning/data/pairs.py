@@ -43,7 +43,8 @@ class PairSource:
             folder written by ``datasets.save_to_disk``, or a dataset's hub name.
         task: rows of one task share batches; the file's name where absent.
         weight: how many times an epoch passes over the task.
-        split: of a folder or hub name; MMEB-train has ``original`` and ``diverse_instruction``.
+        split: of a folder or hub name; MMEB-train has ``original`` and ``diverse_instruction``. ``train`` where
+            absent, or ``validation`` or ``test`` where the pairs are for that.
         columns: ours -> the file's, such as ``{qry: question, pos_text: answer}``.
         query_prompt: put before the query's text.
         target_prompt: put before the target's text and the texts of its hard negatives.
@@ -53,7 +54,7 @@ class PairSource:
     path: str
     task: str | None = None
     weight: float = 1.0
-    split: str = "train"
+    split: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
     query_prompt: str = ""
     target_prompt: str = ""
@@ -189,7 +190,7 @@ def load_pairs(sources: str | PairSource | Sequence[str | PairSource], n_negativ
         task = source.name
         if weights.setdefault(task, source.weight) != source.weight:
             raise ValueError(f"task {task!r} is given the weights {weights[task]} and {source.weight}; give it one")
-        table = _without_image_tokens(read_table(source.path, source.split), source)
+        table = _without_image_tokens(read_table(source.path, source.split or "train"), source)
         read = _read_columns(table, source)
         for listed in read_negatives(table, source):
             negatives.append(listed[:n_negatives])

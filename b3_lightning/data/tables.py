@@ -36,7 +36,10 @@ def read_table(path: str, split: str = "train") -> pa.Table:
         )
     import datasets
 
-    return datasets.load_dataset(path, split=split).with_format("arrow")[:]
+    try:
+        return datasets.load_dataset(path, split=split).with_format("arrow")[:]
+    except ValueError as error:  # there is no such split, or several sets go by this name
+        raise ValueError(f"{path}, split {split!r}: {error}") from error
 
 
 def read_files(paths: Sequence[Path], columns: Sequence[str] | None = None, *, typed: bool = False) -> pa.Table:
@@ -167,12 +170,16 @@ def shards_of(folder: Path, split: str) -> list[Path]:
     """
     shards = find_shards(folder)
     if split not in shards:
-        raise ValueError(f"{folder} has no split {split!r}; it has {sorted(shards)}")
+        raise ValueError(_no_split(folder, split, sorted(shards)))
     shard = _SHARD.fullmatch(shards[split][0].name)
     assert shard is not None
     if len(shards[split]) != int(shard["count"]):
         raise ValueError(f"{folder} holds {len(shards[split])} of the {int(shard['count'])} files of split {split!r}")
     return shards[split]
+
+
+def _no_split(path: Path, split: str, there: list[str]) -> str:
+    return f"{path} has no split {split!r}; it has {there}: write {{path: {path}, split: NAME}}"
 
 
 def _read_dataset_folder(path: Path, split: str) -> pa.Table:
@@ -186,6 +193,6 @@ def _read_dataset_folder(path: Path, split: str) -> pa.Table:
     loaded = datasets.load_from_disk(str(path))
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
-            raise ValueError(f"{path} has no split {split!r}; it has {list(loaded)}")
+            raise ValueError(_no_split(path, split, list(loaded)))
         loaded = loaded[split]
     return loaded.with_format("arrow")[:]

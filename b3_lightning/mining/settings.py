@@ -62,7 +62,8 @@ class MiningSettings:
             and are listed for masking (the paper's p). ``auto`` estimates it from the vectors, task by task.
         n_ranks: how many ranks from ``first_rank`` on are hard negatives (the paper's m); ``auto`` grows with
             ``cluster_size``: 40 + 2 K, the line through the authors' own values, and at most a tenth of the rows.
-        cluster_size: rows in a cluster (the paper's K); the batch size must be a multiple of it.
+        cluster_size: rows in a cluster (the paper's K, 32 for its batches of 1,024), an eighth of the batch or less;
+            the batch size must be a multiple of it.
         ranked: ``rows`` ranks the targets of all other rows; ``labels`` ranks distinct targets, for tasks in which few
             targets serve many rows; ``auto`` takes labels where a target serves ten rows or more on average.
         label_share: in a labels task, the nearest so many of the other labels are hard (at most ``n_ranks``), from rank
@@ -104,7 +105,7 @@ class MiningSettings:
 
     first_rank: int | Literal["auto"] = 30
     n_ranks: int | Literal["auto"] = 100
-    cluster_size: int = 32
+    cluster_size: int = 8
     ranked: Ranked = "auto"
     label_share: float = 0.3
     max_relative_score: float | None = None

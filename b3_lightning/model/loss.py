@@ -24,7 +24,7 @@ class LossSettings:
 
     Args:
         temperature: divides the cosines (B3 trains at 0.02); where it is learned, its first value.
-        learn_temperature: ``no``, one for all tasks (``global``), or one for each (``per_task``).
+        learn_temperature: ``none``, one for all tasks (``global``), or one for each (``per_task``).
         temperature_range: a learned temperature stays between these.
         symmetric: add the loss of targets against queries, and halve.
         mask_same: leave out targets that equal a row's own, and those of other rows with the same query or group.
@@ -38,7 +38,7 @@ class LossSettings:
     """
 
     temperature: float = 0.02
-    learn_temperature: Literal["no", "global", "per_task"] = "no"
+    learn_temperature: Literal["none", "global", "per_task"] = "none"
     temperature_range: tuple[float, float] = (0.005, 0.5)
     symmetric: bool = False
     mask_same: bool = True
@@ -53,12 +53,12 @@ class LossSettings:
             raise ValueError(f"temperature={self.temperature} must be above 0")
         if not 0 < low < high:
             raise ValueError(f"temperature_range={self.temperature_range} must be positive and rising")
-        if self.learn_temperature == "no" and self.temperature_range != LossSettings.temperature_range:
+        if self.learn_temperature == "none" and self.temperature_range != LossSettings.temperature_range:
             raise ValueError(
-                f"model.loss.temperature_range={self.temperature_range} is without effect with learn_temperature=no: "
+                f"model.loss.temperature_range={self.temperature_range} is without effect with learn_temperature=none: "
                 "set that to global or per_task, or leave temperature_range out"
             )
-        if self.learn_temperature != "no" and not low <= self.temperature <= high:
+        if self.learn_temperature != "none" and not low <= self.temperature <= high:
             raise ValueError(f"temperature={self.temperature} lies outside temperature_range={self.temperature_range}")
         if self.hardness < 0 or (self.mask_margin is not None and self.mask_margin < 0):
             raise ValueError(f"hardness={self.hardness} and mask_margin={self.mask_margin} must not be negative")
@@ -188,13 +188,13 @@ class Temperature(nn.Module):
     def __init__(self, settings: LossSettings, n_tasks: int = 1) -> None:
         super().__init__()
         self.settings = settings
-        if settings.learn_temperature != "no":
+        if settings.learn_temperature != "none":
             n_learned = n_tasks if settings.learn_temperature == "per_task" else 1
             self.log_scale_T = nn.Parameter(-torch.tensor(settings.temperature).log().repeat(n_learned))
 
     def forward(self, task: int | None = None) -> float | Tensor:
         """The temperature of a task, or of the geometric mean of all."""
-        if self.settings.learn_temperature == "no":
+        if self.settings.learn_temperature == "none":
             return self.settings.temperature
         own = slice(None) if task is None or len(self.log_scale_T) == 1 else slice(task, task + 1)
         return (-self.log_scale_T[own].mean()).exp()
@@ -202,6 +202,6 @@ class Temperature(nn.Module):
     @torch.no_grad()
     def keep_in_range(self) -> None:
         """Bring learned values back between the bounds; called before a step."""
-        if self.settings.learn_temperature != "no":
+        if self.settings.learn_temperature != "none":
             low, high = (-torch.tensor(bound).log() for bound in reversed(self.settings.temperature_range))
             self.log_scale_T.clamp_(low.to(self.log_scale_T), high.to(self.log_scale_T))
