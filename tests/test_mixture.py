@@ -106,12 +106,14 @@ def test_validation_and_test_read_splits_of_their_own(tmp_path: Path) -> None:
         read(val_pairs=str(folder))
 
 
-def test_an_absent_split_of_a_hub_name_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [ValueError("Unknown split."), ConnectionError("Couldn't reach it.")])
+def test_what_the_hub_lacks_is_told(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(path: str, split: str) -> None:
-        raise ValueError(f"Unknown split {split!r}. Should be one of ['train'].")
+        raise error
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    with pytest.raises(ValueError, match="owner/name, split 'validation': Unknown split"):
+    told = f"owner/name is no file or folder .*, and as a dataset of the hub, split 'validation': {error}"
+    with pytest.raises(ValueError, match=told):
         load_pairs(PairSource("owner/name", split="validation"))
 
 

@@ -23,7 +23,7 @@ def read_table(path: str, split: str = "train") -> pa.Table:
 
     Raises:
         FileNotFoundError: where there is no such thing.
-        ValueError: where a file cannot be read, or is of an unknown kind, or there is no such split.
+        ValueError: where a file cannot be read, is of an unknown kind, or has no such split; where the hub has nothing.
     """
     place = Path(path)
     if place.is_file():
@@ -38,8 +38,9 @@ def read_table(path: str, split: str = "train") -> pa.Table:
 
     try:
         return datasets.load_dataset(path, split=split).with_format("arrow")[:]
-    except ValueError as error:  # there is no such split, or several sets go by this name
-        raise ValueError(f"{path}, split {split!r}: {error}") from error
+    except (ValueError, OSError) as error:  # no such split, or several sets of that name; no such name, or no network
+        where = f"is no file or folder (looked from {Path.cwd()}), and as a dataset of the hub, split {split!r}"
+        raise ValueError(f"{path} {where}: {error}") from error
 
 
 def read_files(paths: Sequence[Path], columns: Sequence[str] | None = None, *, typed: bool = False) -> pa.Table:
