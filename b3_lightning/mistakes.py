@@ -35,7 +35,7 @@ class Parser(LightningArgumentParser):
     """Tells a wrong setting in a line or two, with the settings whose names come near; takes dashes for underscores."""
 
     _reading: Any = None
-    """The file that was read last: what is told of a mistake in its YAML names it."""
+    """The file that is being read: what is told of a mistake in its YAML names it."""
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         given = sys.argv[1:] if args is None else args
@@ -43,7 +43,9 @@ class Parser(LightningArgumentParser):
 
     def parse_path(self, path: Any, *others: Any, **kwargs: Any) -> Any:
         self._reading = path
-        return super().parse_path(path, *others, **kwargs)
+        read = super().parse_path(path, *others, **kwargs)
+        self._reading = None
+        return read
 
     def add_lightning_class_args(self, lightning_class: Any, nested_key: str, *args: Any, **kwargs: Any) -> list[str]:
         """Add a class's arguments; what those of the data name are files of pairs, which are not read as settings."""
@@ -69,7 +71,9 @@ class Parser(LightningArgumentParser):
         absent = re.search(r"arguments are required: (\w+)\.(\w+)$", message)
         if absent:
             message, command = f"{absent[1]} needs --{absent[2]}", f"{COMMAND} {absent[1]}"
-        message = _as_kind(_as_choice(message)).replace('"<unicode string>"', str(self._reading))
+        message = _as_kind(_as_choice(message))
+        if self._reading is not None:
+            message = message.replace('"<unicode string>"', str(self._reading))
         sys.stderr.write(f"error: {message}\n{command} --help lists all\n")
         sys.exit(2)
 

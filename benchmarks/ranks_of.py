@@ -1,6 +1,6 @@
 """Ranks of a test's pairs by the export of a run, among the test's own targets and more candidates; kept in its folder.
 
-Shapes: N = pairs, Q = those of a tile, C = more candidates, D = dimensions.
+Shapes: N = pairs, M = these and the candidates', U = distinct texts, D = dimensions.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from b3_lightning.cli import main as b3
-from b3_lightning.data.pairs import Item, PairTable, load_pairs
+from b3_lightning.data.pairs import Item, load_pairs
 from b3_lightning.mining.store import write_atomic
 from b3_lightning.model.embedder import LoadSettings, load_embedder
 from b3_lightning.model.ranks import positive_ranks
-
-_TILE = 256
 
 
 def ranks_of(run: Path, test: str, candidates: str | None, config: Sequence[str], fit: Sequence[str]) -> Tensor:
@@ -57,41 +55,26 @@ def _rank(
         ])  # fmt: skip
     found, pairs = load_file(vectors), load_pairs(test)
     query, target = ([pairs.items(side)[row] for row in found["row"].tolist()] for side in ("query", "target"))
-    rank_N = positive_ranks(found["query"], found["target"], _keys(query), _keys(target))
-    if candidates is None:
-        return rank_N
-    more = load_pairs(candidates)
-    column = {item: index for index, item in enumerate(sorted(set(more.items("target")) - set(target)))}
-    if any(item.image for item in column):
-        raise SystemExit(f"{candidates} has pictures as targets; candidates are texts")
-    with torch.autocast("cpu", torch.bfloat16, enabled="--trainer.precision=bf16-mixed" in fit):
-        more_CD = load_embedder(str(export), LoadSettings(), None).encode(
-            [item.text for item in column], batch_size=256, convert_to_tensor=True
+    target_MD = found["target"]
+    if candidates is not None:
+        more = load_pairs(candidates)
+        query, target = query + more.items("query"), target + more.items("target")
+        half = "--trainer.precision=bf16-mixed" in fit
+        target_MD = torch.cat([target_MD, _encode(export, more.items("target"), half=half)])
+    return positive_ranks(found["query"], target_MD, _keys(query), _keys(target))
+
+
+def _encode(export: Path, items: Sequence[Item], *, half: bool) -> Tensor:
+    """(N, D) unit vectors of texts; each distinct one is encoded once."""
+    texts = sorted({item.text for item in items})
+    if any(item.image for item in items):
+        raise SystemExit("the candidates' targets are pictures; texts are needed")
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        vector_UD = load_embedder(str(export), LoadSettings(), None).encode(
+            texts, batch_size=256, convert_to_tensor=True
         )
-    right = [[column[item] for item in items if item in column] for items in _targets_of(query, more)]
-    return rank_N + beaten_by(F.normalize(more_CD.float(), dim=1), found["query"], found["target"], right)
-
-
-def beaten_by(more_CD: Tensor, query_ND: Tensor, target_ND: Tensor, right: Sequence[Sequence[int]]) -> Tensor:
-    """(N,) how many candidates score at least as high as a query's own target; ``right`` ones do not count."""
-    counts = []
-    for start in range(0, len(query_ND), _TILE):
-        tile = slice(start, start + _TILE)
-        score_QC = query_ND[tile] @ more_CD.T
-        for score_C, columns in zip(score_QC, right[tile], strict=True):
-            score_C[list(columns)] = -torch.inf
-        own_Q = (query_ND[tile] * target_ND[tile]).sum(dim=1)
-        counts.append((score_QC >= own_Q[:, None]).sum(dim=1))
-    return torch.cat(counts)
-
-
-def _targets_of(query: Sequence[Item], pairs: PairTable) -> list[list[Item]]:
-    """For each of these queries, its targets among the pairs."""
-    targets: dict[Item, list[Item]] = {item: [] for item in query}
-    for own, target in zip(pairs.items("query"), pairs.items("target"), strict=True):
-        if own in targets:
-            targets[own].append(target)
-    return [targets[item] for item in query]
+    number = {text: index for index, text in enumerate(texts)}
+    return F.normalize(vector_UD.float(), dim=1)[[number[item.text] for item in items]]
 
 
 def _keys(items: Sequence[Item]) -> Tensor:

@@ -31,6 +31,14 @@ def test_other_positives_of_the_same_query_are_not_counted() -> None:
     assert positive_ranks(query, target, torch.arange(2), torch.arange(2)).tolist() == [0, 1]
 
 
+def test_pairs_beyond_the_queries_are_candidates() -> None:
+    query = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    target = torch.tensor([[0.8, 0.6], [0.6, 0.8], [1.0, 0.0], [0.9, 0.1], [0.6, 0.8]])
+    # the third is right for query 0 too, the fourth beats its own; the fifth equals the own target of query 1
+    rank = positive_ranks(query, target, torch.tensor([0, 1, 0, 2, 3]), torch.tensor([0, 1, 2, 3, 1]))
+    assert rank.tolist() == [1, 0]
+
+
 @given(n_rows=st.integers(1, 40), n_keys=st.integers(1, 50), seed=st.integers(0, 1000))
 @settings(max_examples=60, deadline=None)
 def test_equal_to_a_brute_force(n_rows: int, n_keys: int, seed: int) -> None:

@@ -156,6 +156,9 @@ def test_configs_that_are_absent_foreign_or_misspelt(told: Command) -> None:
         told("fit", config="foreign.yaml"), "no setting data.hard_negatives; did you mean data.n_file_negatives"
     )
     assert _holds(told("fit", config="open.yaml"), "\n  in open.yaml, line 2, column 1")
+    said = told("fit", "--data.mining={first_rank: [")
+    assert _holds(said, "Unable to load config '{first_rank: \\['")
+    assert "config.yaml" not in said  # which is sound
     assert _holds(told("fit", config="slip.yaml"), "frist_rank; did you mean data.mining.first_rank")
 
 

@@ -1,6 +1,6 @@
 """The rank of each query's own target, and what it is worth; without torchmetrics, which takes seconds to import.
 
-Shapes: N = pairs, U = unique targets, Q = queries of a tile.
+Shapes: N = queries, M = pairs, U = unique targets, Q = queries of a tile.
 """
 
 from __future__ import annotations
@@ -12,31 +12,32 @@ TOP_K = (1, 5, 10)
 _TILE = 1024
 
 
-def positive_ranks(query_ND: Tensor, target_ND: Tensor, query_key_N: Tensor, target_key_N: Tensor) -> Tensor:
+def positive_ranks(query_ND: Tensor, target_MD: Tensor, query_key_M: Tensor, target_key_M: Tensor) -> Tensor:
     """(N,) int64: how many unique targets score at least as high as the query's own, 0 being best.
 
+    The queries are those of the first N of M pairs; of the others, the targets are ranked alone.
     Rows with equal target keys hold one target. Other targets of the same query are positives too, so they are not
     counted. A tie counts against the query, so that a collapsed embedder scores 0.
     """
-    _, target_of_N = target_key_N.unique(return_inverse=True)
-    first_U = torch.full((int(target_of_N.max()) + 1,), len(target_ND), dtype=torch.int64, device=target_ND.device)
-    first_U.scatter_reduce_(0, target_of_N, torch.arange(len(target_ND), device=target_ND.device), "amin")
-    target_UD = target_ND[first_U]
-    _, query_of_N = query_key_N.unique(return_inverse=True)
-    order_N = query_of_N.argsort(stable=True)
-    count_G = torch.bincount(query_of_N)
+    _, target_of_M = target_key_M.unique(return_inverse=True)
+    first_U = torch.full((int(target_of_M.max()) + 1,), len(target_MD), dtype=torch.int64, device=target_MD.device)
+    first_U.scatter_reduce_(0, target_of_M, torch.arange(len(target_MD), device=target_MD.device), "amin")
+    target_UD = target_MD[first_U]
+    _, query_of_M = query_key_M.unique(return_inverse=True)
+    order_M = query_of_M.argsort(stable=True)
+    count_G = torch.bincount(query_of_M)
     start_G = count_G.cumsum(0) - count_G
     ranks = []
     for start in range(0, len(query_ND), _TILE):
         row_Q = torch.arange(start, min(start + _TILE, len(query_ND)), device=query_ND.device)
         score_QU = query_ND[row_Q] @ target_UD.T
-        own_Q = score_QU.gather(1, target_of_N[row_Q, None])
-        group_Q = query_of_N[row_Q]
+        own_Q = score_QU.gather(1, target_of_M[row_Q, None])
+        group_Q = query_of_M[row_Q]
         size_Q = count_G[group_Q]
         query_P = torch.arange(len(row_Q), device=row_Q.device).repeat_interleave(size_Q)
         within_P = torch.arange(len(query_P), device=row_Q.device) - (size_Q.cumsum(0) - size_Q)[query_P]
-        sibling_P = order_N[start_G[group_Q][query_P] + within_P]
-        score_QU[query_P, target_of_N[sibling_P]] = -torch.inf
+        sibling_P = order_M[start_G[group_Q][query_P] + within_P]
+        score_QU[query_P, target_of_M[sibling_P]] = -torch.inf
         ranks.append((score_QU >= own_Q).sum(dim=1))
     return torch.cat(ranks)
 
