@@ -94,16 +94,13 @@ def backward_of(model: nn.Module, rank: int, world_size: int, chunk: int | None,
         average_gradients(model.parameters())
 
 
-WAYS_OVER_PROCESSES: dict[int, list[tuple[int | None, bool]]] = {
-    2: [(None, False), (5, False), (None, True), (5, True)],
-    3: [(None, False)],
-}
-"""By number of processes: chunk, and whether one process has no hard negative."""
+WAYS_OVER_PROCESSES: list[tuple[int | None, bool]] = [(None, False), (3, False), (None, True), (3, True)]
+"""Chunk, and whether some processes have few hard negatives or none."""
 
 
 def train_in_process(rank: int, world_size: int, port: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    for way, (chunk, sparse) in enumerate(WAYS_OVER_PROCESSES[world_size]):
+    for way, (chunk, sparse) in enumerate(WAYS_OVER_PROCESSES):
         plain = Bag(dropout=0.0)
         model: nn.Module = plain if chunk is not None else nn.parallel.DistributedDataParallel(plain)
         backward_of(model, rank, world_size, chunk, sparse=sparse)

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import Run
+from stages_worker import share_and_fail
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from b3_lightning.callbacks import Remine
 from b3_lightning.data import miner
 from b3_lightning.data.miner import MiningRequest, mix
-from b3_lightning.mining import BatchPlan, MinedPlan, PeerError, Processes, mine
+from b3_lightning.mining import BatchPlan, MinedPlan, mine
 from b3_lightning.types import Clusters, Embeddings, by_epoch
 
 SMALL = "--model.embedder={hidden_sizes: [8, 16], image_size: 32}"
@@ -70,33 +70,11 @@ def test_a_failure_keeps_the_plan_or_stops(
     assert failed == ["2.0"]
 
 
-def _share(rank: int, port: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-
-    def all_true(mine: bool) -> bool:
-        told = torch.tensor(int(mine))
-        dist.all_reduce(told, op=dist.ReduceOp.MIN)
-        return bool(told)
-
-    processes, outcome = Processes(rank, 2, all_true), "nothing"
-    try:
-        with processes.failing_together():
-            processes.barrier()
-            if rank == 1:
-                raise ValueError("disk full")
-            processes.barrier()
-    except (ValueError, PeerError) as error:
-        outcome = type(error).__name__
-    processes.barrier()  # both are out of it and go on together
-    Path(folder, str(rank)).write_text(outcome)
-    dist.destroy_process_group()
-
-
 def test_where_one_process_fails_none_waits_for_ever(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    spawn(_share, (port, str(tmp_path)), nprocs=2)
+    spawn(share_and_fail, (port, str(tmp_path)), nprocs=2)
     assert [Path(tmp_path, str(rank)).read_text() for rank in (0, 1)] == ["PeerError", "ValueError"]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,14 +21,21 @@ KILLED = """
 import os, signal, sys
 from b3_lightning.cli import main
 from b3_lightning.model import ContrastiveModule
-step, killed_at = ContrastiveModule.training_step, int(sys.argv[1])
+step = ContrastiveModule.training_step
 def until(self, batch, batch_idx):
     if self.trainer.global_step == killed_at:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, batch, batch_idx)
 ContrastiveModule.training_step = until
-main(sys.argv[2:])
+for killed_at in map(int, sys.argv[1].split(",")):  # a process each, which need not import everything again
+    child = os.fork()
+    if child == 0:
+        main([*sys.argv[2:], f"--run.dir=killed-{killed_at}"])
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
 """
+GOES_ON_AT = {9: 8, 13: 12, 12: 12}
+"""Step of the kill -> that of the last checkpoint, in epochs of 6 steps with a checkpoint every 2."""
 
 
 def _settings(path: str) -> list[str]:
@@ -64,16 +70,24 @@ def whole(tmp_path_factory: pytest.TempPathFactory, shapes: Path, models: dict[s
     return folder
 
 
-@pytest.mark.parametrize(("killed_at", "goes_on_at"), [(9, 8), (13, 12), (12, 12)])
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory, shapes: Path, models: dict[str, str]) -> Path:
+    """The same run killed at each of these steps."""
+    folder = tmp_path_factory.mktemp("killed")
+    steps = ",".join(map(str, GOES_ON_AT))
+    script = [sys.executable, "-c", KILLED, steps, *_command(folder, shapes, models["bert"])]
+    done = subprocess.run(script, cwd=folder, env=dict(os.environ), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize(("killed_at", "goes_on_at"), GOES_ON_AT.items())
 def test_a_run_killed_in_an_epoch_goes_on_to_the_same_losses(
-    killed_at: int, goes_on_at: int, whole: Path, fit: Run, models: dict[str, str], shapes: Path, tmp_path: Path
+    killed_at: int, goes_on_at: int, whole: Path, killed: Path, models: dict[str, str], shapes: Path
 ) -> None:
-    folder = tmp_path / "killed"
-    script = [sys.executable, "-c", KILLED, str(killed_at), *_command(folder, shapes, models["bert"])]
-    done = subprocess.run(script, cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    folder = killed / f"killed-{killed_at}"
     last = folder / "checkpoints" / "last.ckpt"
-    fit("text-text", *_settings(models["bert"]), f"--ckpt_path={last}", name="killed")
+    main([*_command(folder, shapes, models["bert"]), f"--ckpt_path={last}"])
     found, expected = losses(folder), losses(whole)
     assert sorted(found) == list(range(goes_on_at, 18))
     assert found == {step: loss for step, loss in expected.items() if step >= goes_on_at}
