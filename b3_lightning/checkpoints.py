@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -15,8 +16,42 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from b3_lightning.mining.store import write_atomic
 
+log = logging.getLogger(__name__)
 
-class LastCheckpoint(ModelCheckpoint):
+
+class MovableCheckpoint(ModelCheckpoint):
+    """Knows its files where a run was moved or copied to: Lightning would look for them at their old place, and forget
+    how good the best one was."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        assert self.dirpath is not None
+        folder = Path(self.dirpath)
+        best = _moved(state_dict["best_model_path"], folder)
+        if not best:
+            if state_dict["best_model_path"] and self.monitor is not None:
+                log.warning(
+                    "%s, the best until now, is neither there nor in %s: the best is sought anew from here on",
+                    state_dict["best_model_path"],
+                    folder,
+                )
+            return
+        kept = {_moved(path, folder): score for path, score in state_dict["best_k_models"].items()}
+        places = {name: _moved(state_dict[name], folder) for name in ("kth_best_model_path", "last_model_path")}
+        about = {"dirpath": self.dirpath, "best_model_path": best, "best_k_models": kept}
+        super().load_state_dict(state_dict | about | places)
+
+
+def _moved(path: str, folder: Path) -> str:
+    """A file's path in this folder, if it is there; else its old path, if it is there; else none."""
+    places = [folder / Path(path).name, Path(path)] if path else []
+    return next((str(place) for place in places if place.is_file()), "")
+
+
+class BestCheckpoint(MovableCheckpoint):
+    """Keeps the best by validation."""
+
+
+class LastCheckpoint(MovableCheckpoint):
     """Saves where a run is interrupted too, once it trains: before, there is nothing to go on with."""
 
     _trains = False
@@ -30,7 +65,7 @@ class LastCheckpoint(ModelCheckpoint):
             super().on_exception(trainer, pl_module, exception)
 
 
-class StepCheckpoint(ModelCheckpoint):
+class StepCheckpoint(MovableCheckpoint):
     """Saves every so many steps, but not where Lightning could not go on exactly.
 
     Not after an epoch's last batch nor before a validation, which it would leave out, and not between two batches whose
@@ -115,3 +150,11 @@ def check_weights(found: Mapping[str, torch.Tensor], expected: Mapping[str, torc
 
 def _size(weight: torch.Tensor | None) -> str:
     return "none" if weight is None else "x".join(map(str, weight.shape)) or "a number"
+
+
+def best_checkpoint(trainer: Trainer) -> str | None:
+    """The file that a run keeps as its best by validation; None where it keeps none."""
+    keeper = trainer.checkpoint_callback
+    if isinstance(keeper, ModelCheckpoint) and keeper.monitor and keeper.best_model_path:
+        return str(keeper.best_model_path)
+    return None

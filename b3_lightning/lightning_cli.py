@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import yaml
 from jsonargparse import DefaultHelpFormatter
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from rich.console import Console
@@ -29,9 +29,9 @@ from b3_lightning.callbacks import (
     TerminateOnNaN,
 )
 from b3_lightning.callbacks.requeue import where_to_begin
-from b3_lightning.checkpoints import CheckedCheckpointIO, LastCheckpoint, StepCheckpoint
+from b3_lightning.checkpoints import BestCheckpoint, CheckedCheckpointIO, LastCheckpoint, StepCheckpoint
 from b3_lightning.data import PairsDataModule
-from b3_lightning.mining.store import check_folder
+from b3_lightning.mining.store import check_folder, write_text
 from b3_lightning.mistakes import Parser, check_devices, tell_idle, tell_weights
 from b3_lightning.model import ContrastiveModule, FullyShardedStrategy
 from b3_lightning.options import COMMAND
@@ -131,7 +131,7 @@ class B3CLI(LightningCLI):
         kwargs["plugins"] = [*_listed(given.get("plugins")), CheckedCheckpointIO()]
         if given.get("logger") is None:
             kwargs["logger"] = self._loggers()
-        callbacks = list(given.get("callbacks") or [])
+        callbacks = _listed(given.get("callbacks"))
         if self.subcommand == "fit":
             if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
                 callbacks += self._checkpoints()
@@ -146,15 +146,17 @@ class B3CLI(LightningCLI):
             kwargs["enable_checkpointing"] = False
         if self.subcommand == "predict":
             callbacks.append(EmbeddingWriter())
-        if given.get("enable_progress_bar") is not False:
+        own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if given.get("enable_progress_bar") is not False and not own_bar:
             callbacks.append(RichProgressBar(leave=True))
         trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         wait_patiently(trainer.strategy)
         return trainer
 
     def parser_dump(self) -> str:
-        """The run's settings as YAML."""
-        config = self.config.get(str(self.subcommand), self.config)
+        """The run's settings as YAML, without the checkpoint that it goes on from: that is of one start alone."""
+        config = self.config.get(str(self.subcommand), self.config).clone()
+        config.pop("ckpt_path", None)
         text: str = self._parser(self.subcommand).dump(config, skip_unset=True)
         return text
 
@@ -202,7 +204,7 @@ class B3CLI(LightningCLI):
             checkpoints.append(StepCheckpoint(**about, every_n_train_steps=self.run.checkpoint_every_n_steps))
         if self._get(self.config, "data").get("val_pairs") is None:
             return checkpoints
-        best = ModelCheckpoint(
+        best = BestCheckpoint(
             dirpath=folder,
             monitor="val/mrr",
             mode="max",
@@ -231,7 +233,7 @@ class B3CLI(LightningCLI):
     def _begin_run(self) -> None:
         folder = Path(self.run.dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(self.parser_dump(), encoding="utf-8")
+        write_text(folder / "config.yaml", self.parser_dump())
         keep_old_metrics(folder)
 
     def before_mine(self) -> None:
@@ -268,7 +270,8 @@ class B3CLI(LightningCLI):
     def after_mine(self) -> None:
         if self.trainer.is_global_zero:
             output = self._get(self.config, "output")
-            Console().print(f"plan and report: {output}  (report.html)\ntrain on it: --data.plan={output}")
+            said = f"plan and report: {output}  (report.html)\ntrain on it: --data.plan={output}"
+            Console().print(said, markup=False)
 
 
 def _listed(given: Any) -> list[Any]:

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from b3_lightning.checkpoints import CheckedCheckpointIO
+from b3_lightning.checkpoints import CheckedCheckpointIO, best_checkpoint
 from b3_lightning.data.datamodule import datamodule_of
 from b3_lightning.data.mixture import Prompts, prompts_of
 from b3_lightning.model.sharding import FullyShardedStrategy
@@ -44,7 +43,7 @@ class Export(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        best = _best_checkpoint(trainer)
+        best = best_checkpoint(trainer)
         cut = isinstance(trainer.strategy, FullyShardedStrategy)
         last = trainer.strategy.lightning_module_state_dict() if cut and best is None else {}  # from all processes
         if not trainer.is_global_zero:
@@ -52,7 +51,7 @@ class Export(Callback):
         checkpoint = {"state_dict": last} if best is None else CheckedCheckpointIO().load_checkpoint(best)
         module: Any = pl_module
         if best is not None and not cut:
-            module.on_load_checkpoint(checkpoint)
+            module.prepare_for(checkpoint)
             module.load_state_dict(checkpoint["state_dict"])
         embedder: Any = module.whole_embedder(checkpoint["state_dict"]) if cut else module.embedder
         folder = Path(trainer.default_root_dir) / "export"
@@ -173,10 +172,3 @@ def _name_dora_weights(folder: Path) -> None:
         weights = load_file(path)
         named = {f"{name}.weight" if name.endswith(_MAGNITUDE) else name: value for name, value in weights.items()}
         save_file(named, path, metadata={"format": "pt"})
-
-
-def _best_checkpoint(trainer: Trainer) -> str | None:
-    keeper = trainer.checkpoint_callback
-    if isinstance(keeper, ModelCheckpoint) and keeper.monitor and keeper.best_model_path:
-        return str(keeper.best_model_path)
-    return None

@@ -117,10 +117,4 @@ def _has_plans_of(folder: Path, checkpoint: Path) -> bool:
 
 
 def _same_settings(path: Path, settings: str) -> bool:
-    if not path.is_file():
-        return False
-    found, expected = (
-        [line for line in text.splitlines() if not line.startswith("ckpt_path:")]
-        for text in (path.read_text(encoding="utf-8"), settings)
-    )
-    return found == expected
+    return path.is_file() and path.read_text(encoding="utf-8") == settings

@@ -25,9 +25,9 @@ from b3_lightning.cli import main
 from b3_lightning.evaluation.bootstrap import PairedDifference, paired_bootstrap
 from b3_lightning.model.metrics import RetrievalMetrics
 from b3_lightning.model.ranks import rank_metrics
-from b3_lightning.reports.compare import SHOWN, Comparison, _table, significance
+from b3_lightning.reports.compare import SHOWN, Comparison, _table, keep_old_metrics, significance
 from b3_lightning.reports.offline import is_number, read_offline_run
-from b3_lightning.reports.runs import Ranks, Run, load_runs
+from b3_lightning.reports.runs import Ranks, Run, load_runs, read_csv_run
 
 SMALL = "--model.embedder={hidden_sizes: [8, 16], image_size: 32}"
 
@@ -170,11 +170,36 @@ def test_a_loss_is_best_where_it_is_lowest_and_many_runs_stand_below_each_other(
     assert "no interval for run-7: no val_ranks.safetensors of run-0 and run-7" in " ".join(said.split())
 
 
+def test_a_run_that_has_not_validated_yet_is_left_out_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = _two_runs(tmp_path)
+    going = _run(tmp_path / "going[1]", {"step": [1, 2], "train/loss": [3.0, 2.0]}, {})
+    main(["compare", str(going), one, other])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "left out, 1 of 3 runs hold no val/mrr: going[1]" in said
+    assert "points above one/run" in said
+    with pytest.raises(SystemExit, match=r"holds no val/mrr: it has not validated yet, or has no data.val_pairs"):
+        main(["compare", str(going)])
+
+
+def test_what_a_full_disk_or_a_kill_cut_off_is_left_out(tmp_path: Path) -> None:
+    folder = _run(tmp_path / "cut", {"step": [1, 2], "val/mrr": [0.25, 0.75]}, {})
+    path = folder / "metrics.csv"
+    path.write_text(path.read_text().rstrip()[:-1])
+    (folder / "config.yaml").write_text("")
+    run = read_csv_run(folder)
+    assert [row["val/mrr"] for row in run.rows] == [0.25]
+    keep_old_metrics(folder)
+    assert [part.name for part in folder.glob("*.csv")] == ["metrics-until-00000001-0.csv"]
+    assert load_runs([str(folder)])[0].rows == run.rows  # resumed, and nothing logged since
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["{one}", "--output=page.png"], "must end in .html"),
-        (["{one}", "--metric=val/absent"], "holds no val/absent"),
+        (["{one}", "--metric=val/absent"], "holds no val/absent: it has val/hit@1, val/mrr"),
         (["nowhere"], "nowhere is not there .looked from .*name the folder of a run"),
         (["."], "holds neither metrics.csv nor a .wandb file"),
         (["wandb:project"], "wandb:ENTITY/PROJECT"),

@@ -14,7 +14,7 @@ from datasets import Dataset, load_from_disk
 
 from b3_lightning import MinedPlan, MiningSettings, mine
 from b3_lightning.cli import main
-from b3_lightning.data.ordered import add_batch_column
+from b3_lightning.data.ordered import add_batch_column, read_sources
 
 N_ROWS = 70
 
@@ -130,6 +130,32 @@ def test_triplets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "6 rows (counted from 0), 6 negatives, 0 batches" in said
     assert "qry = anchor" in said
+
+
+def test_names_that_look_like_markup_and_numbers_that_pandas_made_fractions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns: dict[str, list[Any]] = {
+        "text [en]": ["a", "b", "c"],
+        "answer [/de]": ["x", "x", "z"],
+        "batch": [0.0, 0.0, None],
+    }
+    names = ["--columns", "qry=text [en]", "pos_text=answer [/de]"]
+    found = _audit(tmp_path, columns, *names, status=3)
+    assert ("same_target_in_batch", 0, True) in found
+    assert "columns: qry = text [en], pos_text = answer [/de], batch" in " ".join(capsys.readouterr().out.split())
+    columns["batch"] = [0.0, 0.5, None]
+    with pytest.raises(SystemExit, match=r"'batch' must hold whole numbers or texts; not so in row\(s\) 0, 1"):
+        _audit(tmp_path, columns, *names, status=None)
+
+
+def test_columns_of_other_types_are_brought_together_or_named(tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"{index}.parquet") for index in range(3)]
+    for path, kind, number in zip(paths, (pa.string(), pa.large_string(), pa.string()), ("x", "y", 7), strict=True):
+        pq.write_table(pa.table({"qry": pa.array(["a"], kind), "id": [number]}), path)
+    assert read_sources(paths[:2]).to_pylist() == [{"qry": "a", "id": "x"}, {"qry": "a", "id": "y"}]
+    with pytest.raises(ValueError, match=r"cannot stand in one table: .*id.*Give the column one type, or leave it out"):
+        read_sources(paths)
 
 
 def test_several_negatives_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -216,16 +216,6 @@ def test_sentences_need_scores_that_differ(data: Path, tmp_path: Path) -> None:
             read_sts(name, ReadSettings(tmp_path))
 
 
-def test_a_set_that_is_there_twice_is_refused_and_a_name_is_taken_whole(tmp_path: Path) -> None:
-    rows = {"sentence1": ["a", "b"], "sentence2": ["c", "d"], "score": [1.0, 2.0]}
-    for name in ("STSb.parquet", "STSb.old.parquet"):
-        pq.write_table(pa.table(rows), tmp_path / name)
-    assert len(read_sts("STSb", ReadSettings(tmp_path)).items) == 4
-    (tmp_path / "STSb.csv").write_text("sentence1,sentence2,score\na,c,1\n")
-    with pytest.raises(ValueError, match=r"'STSb' in several kinds of file \(STSb.csv, STSb.parquet\); leave one"):
-        read_sts("STSb", ReadSettings(tmp_path))
-
-
 @pytest.fixture(scope="module")
 def evaluated(data: Path, models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluated") / "out"

@@ -161,10 +161,31 @@ def test_a_learned_temperature_moves_within_its_range() -> None:
     assert [float(torch.as_tensor(temperature(task)).detach()) for task in (0, 1)] == pytest.approx([0.05, 0.2])
 
 
+def test_a_learned_temperature_stays_float32_where_the_model_does_not() -> None:
+    """bfloat16 is 0.016 apart at these values: every usual step would be rounded away."""
+    temperature = Temperature(LossSettings(temperature=0.05, learn_temperature="global")).to(torch.bfloat16)
+    assert temperature.log_scale_T.dtype == torch.float32
+    assert float(torch.as_tensor(temperature()).detach()) == pytest.approx(0.05)
+    assert temperature.double().log_scale_T.dtype == torch.float64
+
+
+def test_the_whole_width_counts_once() -> None:
+    query, target = unit(4, 0), unit(4, 1)
+    directions = [Direction(query, target, torch.zeros(4, 4, dtype=torch.bool))]
+    width = query.shape[1]
+    found = [
+        contrastive_loss(directions, settings=LossSettings(matryoshka_dims=dims), temperature=0.1, first_row=0)
+        for dims in ([2], [2, width])
+    ]
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+        ({"temperature": 0.0}, "temperature=0.0 must be a number above 0"),
+        ({"temperature": float("nan")}, "temperature=nan must be a number above 0"),
+        ({"hardness": float("nan")}, "hardness=nan"),
         ({"temperature": 0.9, "learn_temperature": "global"}, "outside temperature_range"),
         ({"temperature_range": (0.01, 0.1)}, "temperature_range=.* is without effect with learn_temperature=none"),
         ({"hardness": -1.0}, "hardness=-1.0"),

@@ -131,6 +131,10 @@ data:
             ["--model.optim.fused=true", "--trainer.precision=bf16-mixed", "--trainer.gradient_clip_val=1"],
             "fused=true with --trainer.precision=bf16-mixed and gradients clipped at 1: .*Leave out model.optim.fused",
         ),
+        (
+            ["--trainer.max_time=00:00:01:00", "--trainer.max_epochs=-1"],
+            "schedule=linear, model.optim.warmup_frac=0.1: .*Set one of them .max_time may end the run before., or",
+        ),
         (["--model.optim.learning_rate=-1"], "model.optim.learning_rate=-1.0 must be at least 0"),
         (["--model.optim.warmup_frac=500"], "model.optim.warmup_frac=500.0 is a share of all steps: between 0 and 1"),
         (["--model.embedder={hidden_sizes: [8]}", "--model.lora.r=8"], "model.lora adapts a model that exists"),
@@ -207,7 +211,21 @@ def test_a_plan_of_other_pairs_and_a_folder_in_use(told: Command, tmp_path: Path
         assert _holds(said, "plan/plan.json is a file, so nothing can be written into plan/plan.json; name another")
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_going_on_with_another_plan(told: Command, caplog: pytest.LogCaptureFixture) -> None:
+    for name, first_rank in (("plan", 1), ("other", 2)):
+        main(["mine", "--config=config.yaml", f"--output={name}", f"--data.mining.first_rank={first_rank}"])
+    main(["fit", "--config=config.yaml", "--data.plan=plan"])
+    again = ["--ckpt_path=run/checkpoints/last.ckpt", "--trainer.max_epochs=2"]
+    said = told("fit", *again, "--data.plan=other")
+    assert _holds(
+        said, r"other is not the plan that the checkpoint was trained on; name that one \(.*/plan\), or begin"
+    )
+    Path("plan").rename("moved")
+    assert _holds(told("fit", *again), "goes on with a plan that is not in .*/plan: name it as --data.plan")
+    main(["fit", "--config=config.yaml", *again, "--data.plan=moved", "--data.mining.first_rank=3"])
+    assert "data.mining.first_rank (1 then, 3 now): counts from the next time on that this run mines" in caplog.text
+
+
 def test_going_on_in_the_wrong_folder_or_with_other_batches(told: Command, tmp_path: Path) -> None:
     main(["fit", "--config=config.yaml", "--data.val_pairs=pairs.csv"])
     assert _holds(told("fit"), "run.dir=run holds another run; set --run.dir .*--ckpt_path=run/checkpoints/last.ckpt")

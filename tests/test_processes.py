@@ -73,7 +73,6 @@ def test_chunks_and_processes_train_what_one_does_whole(
     assert not np.allclose(_vectors(whole), start, atol=1e-2)
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_run_goes_on_with_weights_cut_over_processes(
     whole: Path, shapes: Path, models: dict[str, str], tmp_path: Path
 ) -> None:

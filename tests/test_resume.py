@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import pickle
 import shutil
@@ -13,7 +14,7 @@ import pytest
 import torch
 from conftest import Run, losses
 
-from b3_lightning.checkpoints import CheckedCheckpointIO
+from b3_lightning.checkpoints import BestCheckpoint, CheckedCheckpointIO
 from b3_lightning.cli import main
 from b3_lightning.data.sampler import EpochBatches
 
@@ -91,6 +92,47 @@ def test_a_run_killed_in_an_epoch_goes_on_to_the_same_losses(
     found, expected = losses(folder), losses(whole)
     assert sorted(found) == list(range(goes_on_at, 18))
     assert found == {step: loss for step, loss in expected.items() if step >= goes_on_at}
+
+
+def test_a_run_that_was_moved_keeps_its_best_and_goes_on_as_the_settings_say(
+    whole: Path, shapes: Path, models: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "moved"
+    shutil.copytree(whole, run)
+    last = run / "checkpoints" / "last.ckpt"
+    best = {path.name for path in last.parent.glob("best*")}
+    optim = "--model.optim={learning_rate: 1e-20, weight_decay: 0.5, warmup_frac: 0.0, schedule: constant}"
+    main([*_command(run, shapes, models["bert"]), f"--ckpt_path={last}", "--trainer.max_epochs=4", optim])
+    assert "model.optim.learning_rate is 1e-20 from here on; it was 0.0001" in caplog.text
+    assert "model.optim.weight_decay is 0.5 from here on; it was 0.01" in caplog.text
+    with (run / "metrics.csv").open(newline="") as file:
+        rates = {row["train/learning_rate"] for row in csv.DictReader(file) if row["train/learning_rate"]}
+    assert [float(rate) for rate in rates] == pytest.approx([1e-20])
+    after = CheckedCheckpointIO().load_checkpoint(last)
+    assert [group["weight_decay"] for group in after["optimizer_states"][0]["param_groups"]] == [0.5, 0.0]
+    assert "ckpt_path" not in (run / "config.yaml").read_text()  # of this start alone
+    before = CheckedCheckpointIO().load_checkpoint(whole / "checkpoints" / "last.ckpt")
+    kept, known = (
+        next(state for name, state in found["callbacks"].items() if name.startswith("BestCheckpoint"))
+        for found in (after, before)
+    )
+    assert kept["best_model_score"] == known["best_model_score"]  # nothing was learned since
+    assert Path(kept["best_model_path"]) == last.parent / Path(known["best_model_path"]).name
+    assert {path.name for path in last.parent.glob("best*")} == best
+
+
+def test_where_the_best_checkpoint_is_lost_it_is_sought_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before, after = (BestCheckpoint(dirpath=tmp_path / name, monitor="val/mrr", mode="max") for name in "ab")
+    before.best_model_path, before.best_model_score = str(tmp_path / "a" / "best.ckpt"), torch.tensor(0.5)
+    after.load_state_dict(before.state_dict())
+    assert "best.ckpt, the best until now, is neither there nor in" in caplog.text
+    assert after.best_model_path == ""
+    assert after.best_model_score is None
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "best.ckpt").touch()
+    after.load_state_dict(before.state_dict())  # a run in another folder, begun from this one's checkpoint
+    assert after.best_model_path == before.best_model_path
+    assert after.best_model_score == 0.5
 
 
 def test_a_checkpoint_of_other_batches_is_refused(

@@ -74,9 +74,9 @@ def test_a_job_that_is_queued_again_goes_on_to_the_same_losses(
 
 
 def test_only_a_job_s_own_run_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = "seed_everything: 0\nckpt_path: null\n"
+    settings = "seed_everything: 0\n"
     assert where_to_begin(tmp_path, settings, None) is None
-    (tmp_path / "config.yaml").write_text("seed_everything: 0\nckpt_path: other.ckpt\n")
+    (tmp_path / "config.yaml").write_text("seed_everything: 0\n")
     (tmp_path / "metrics.csv").touch()
     with pytest.raises(ValueError, match="remove it: it has no last checkpoint"):
         where_to_begin(tmp_path, settings, None)

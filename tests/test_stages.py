@@ -14,12 +14,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from stages_worker import SETTINGS, mine_in, vectors
 from torch import Tensor
 
-from b3_lightning.data.teacher import encoder_fingerprint, map_rows
+from b3_lightning.data.splits import Split
+from b3_lightning.data.teacher import PairEncoder, encoder_fingerprint, map_rows
 from b3_lightning.mining import MinedPlan, MiningSettings, Processes, Stages, fingerprint, mine, neighbors
 from b3_lightning.mining.stages import Stage
 from b3_lightning.model.embedder import LoadSettings, load_embedder
@@ -317,3 +322,32 @@ def test_a_model_s_fingerprint_holds_one_weight_whole_and_tells_dtypes_apart(mon
         of({"b": weights["a"], "c": weights["b"], "d": weights["c"]}),
     ]
     assert len({of(weights), *others}) == 5
+
+
+def test_pictures_under_other_names_keep_their_vectors(tmp_path: Path) -> None:
+    class Mean:
+        def preprocess(self, inputs: list[Any]) -> dict[str, torch.Tensor]:
+            texts = [isinstance(one, str) for one in inputs]
+            values = [
+                [1.0, 2.0, float(ord(one[-1]))] if is_text else np.asarray(one).reshape(-1, 3).mean(axis=0).tolist()
+                for one, is_text in zip(inputs, texts, strict=True)
+            ]
+            return {"mean": torch.tensor(values)}
+
+    def embed(features: list[Any]) -> torch.Tensor:
+        vector_PD = torch.cat([tensors["mean"] for _, tensors in features])
+        return vector_PD[torch.cat([position_P for position_P, _ in features]).argsort()]
+
+    def encode(names: str, cache: str) -> torch.Tensor:
+        folder = tmp_path / names
+        folder.mkdir(exist_ok=True)
+        for index, name in enumerate(names):
+            Image.new("RGB", (4, 4), (40 * index + 10, 255 - 40 * index, 5)).save(folder / f"{name}.png")
+        columns = {"qry_image_path": [f"{name}.png" for name in names], "pos_text": ["t1", "t2", "t3", "t4"]}
+        pq.write_table(pa.table(columns), folder / "pairs.parquet")
+        split = Split.read(str(folder / "pairs.parquet"), folder, "decode")
+        encoder = PairEncoder(split.pairs, folder, split.contents, "32", 8, 0, Stages(tmp_path / cache))
+        return encoder.encode(Mean(), embed, "model").query_ND.clone()
+
+    assert torch.equal(encode("abcd", "kept"), encode("dcba", "kept"))
+    assert torch.equal(encode("dcba", "kept"), encode("dcba", "fresh"))

@@ -60,6 +60,12 @@ def test_of_a_csv_all_is_text_unless_types_are_asked_for(tmp_path: Path) -> None
     assert read_file(path, typed=True).to_pylist() == [{"id": 7, "score": 0.5}]
 
 
+def test_names_with_commas_and_spaces_are_texts_too(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text('"Question, English","say ""id""",key \r\n2020-01-01,007,1\r\n')
+    assert read_file(path).to_pylist() == [{"Question, English": "2020-01-01", 'say "id"': "007", "key ": "1"}]
+
+
 def test_what_looks_like_a_date_is_a_text(tmp_path: Path) -> None:
     rows = [
         {"id": 1, "text": "2024-01-05", "negatives": ["2024-01-06", "x"]},

@@ -104,6 +104,19 @@ def test_large_tasks_are_sampled_and_small_ones_keep_their_rows() -> None:
     assert any("of the sample, which is about first_rank" in line for line in advice(big, 16))
 
 
+def test_a_task_too_small_for_the_window_is_asked_about_with_what_it_has() -> None:
+    query, target = _vectors(112)
+    questions = Questions(batch_sizes=(8,), cluster_sizes=(4,), first_ranks=(5,))
+    tasks = ["big"] * 100 + ["small"] * 10 + ["tiny"] * 2
+    settings = replace(SETTINGS, first_rank=5, n_ranks=30)
+    big, small, tiny = what_if(query, target, settings=settings, questions=questions, tasks=tasks)
+    assert {figure.n_ranks for figure in big.mined} == {30}
+    (window,) = {(figure.first_rank, figure.n_ranks) for figure in small.mined}
+    assert sum(window) == 9  # all other targets of ten rows, and no more
+    assert tiny.mined == []
+    mine(query, target, settings=settings, tasks=tasks)  # which takes such a mixture too
+
+
 def test_the_equal_random_batch_lies_between_the_measured_ones() -> None:
     curve = [Figure(16, 1.0, 1.0, 0.0), Figure(64, 2.0, 2.0, 0.0), Figure(256, 3.0, 3.0, 0.0)]
     assert equal_random(curve, 1.5) == pytest.approx(32)

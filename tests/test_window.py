@@ -241,3 +241,33 @@ def test_mined_batches_are_harder_than_random_ones_and_not_than_the_best() -> No
     )
     assert mined.hardness["random"] < mined.hardness["mined"] < mined.hardness["best"]
     assert mined.summary()["hardness_mined"] == mined.hardness["mined"]
+
+
+def test_answers_of_the_same_question_are_no_evidence_against_first_ranks() -> None:
+    """They are never ranked, so none of them can be hard by mistake."""
+    rng = np.random.default_rng(0)
+    question = np.repeat(rng.normal(size=(360, 32)), 5, axis=0)
+    answers = question + 0.6 * rng.normal(size=question.shape)
+    chosen = MiningSettings(first_rank="auto", n_ranks="auto", cluster_size=8)
+    keys = np.repeat(np.arange(360), 5)
+    known = mine(question, answers, settings=chosen, query_keys=keys).ranks["default"]
+    assert known.first_rank == 0
+    assert "counted as evidence" in known.reason
+    unknown = mine(question, answers, settings=chosen).ranks["default"]
+    assert unknown.first_rank >= 4
+
+
+@pytest.mark.parametrize("of", ["cluster", "row"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_no_target_is_a_hard_negative_of_a_row_twice(of: str, share: float) -> None:
+    """Every target serves five rows, with vectors of their own."""
+    keys = np.arange(300) // 5
+    chosen = MiningSettings(
+        first_rank=1, n_ranks=60, cluster_size=4, n_negatives=4, negatives_of=of,  # type: ignore[arg-type]
+        random_negatives=share, ranked="rows",
+    )  # fmt: skip
+    target = np.repeat(vectors(60, seed=1), 5, axis=0)
+    mined = mine(vectors(300), target, settings=chosen, target_keys=keys)
+    drawn = [[int(keys[other]) for other in row if other >= 0] for row in mined.negative_NH.tolist()]
+    assert all(len(row) == len(set(row)) for row in drawn)
+    assert sum(map(len, drawn)) > 1000

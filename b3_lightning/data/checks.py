@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from b3_lightning.data.pairs import PairTable
 from b3_lightning.mining import MinedPlan, MiningSettings
 from b3_lightning.mining.batches import check_batch_size
+from b3_lightning.mining.store import sha256
+
+log = logging.getLogger(__name__)
 
 
 def check_workers(num_workers: int, prefetch_factor: int | None) -> None:
@@ -73,4 +78,44 @@ def refuse_other(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
         raise ValueError(
             f"the checkpoint is of a run with other batches; it differs in {', '.join(differing)}. "
             "Give it what it was made with, or start a new run"
+        )
+
+
+def load_plan_of(in_use: Mapping[str, Any], run: str, given: str | None) -> MinedPlan:
+    """The plan that a checkpoint goes on with.
+
+    Args:
+        in_use: what the checkpoint says of it: its folder, relative to the run's plans unless it was given as
+            ``data.plan``, and its checksum.
+        run: folder of the run.
+        given: ``data.plan`` now: the same plan may lie elsewhere.
+
+    Raises:
+        ValueError: where it is not there, or another one is.
+    """
+    was_given = Path(in_use["folder"]).is_absolute()
+    folder = Path(given) if was_given and given is not None else Path(run) / "plans" / in_use["folder"]
+    if not (folder / "plan.json").is_file():
+        how = "name it as --data.plan" if was_given else "set --run.dir to the run that it is of"
+        raise ValueError(f"the checkpoint goes on with a plan that is not in {folder}: {how}")
+    plan = MinedPlan.load(folder)
+    if sha256(folder / "plan.json") != in_use["plan_sha256"]:
+        how = f"name that one ({in_use['folder']}), or begin anew" if was_given else "restore it from a backup"
+        raise ValueError(f"{folder} is not the plan that the checkpoint was trained on; {how}")
+    return plan
+
+
+def tell_other_mining(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+    """Warn of a run that goes on with settings of mining that its plan was not mined with: it is mined again later."""
+    then, now = (
+        {"data.teacher": of["teacher"], **{f"data.mining.{name}": value for name, value in of["mining"].items()}}
+        for of in (there, here)
+    )
+    differing = [
+        f"{name} ({then.get(name)} then, {value} now)" for name, value in now.items() if value != then.get(name)
+    ]
+    if differing:
+        log.warning(
+            "%s: counts from the next time on that this run mines; the plan in use stays until then",
+            ", ".join(differing),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from b3_lightning.data.checks import check_mining, check_plan, check_workers, refuse_other
+from b3_lightning.data import checks
 from b3_lightning.data.collate import PairCollator, PairDataset, move_batch
 from b3_lightning.data.handed import cache_folder, images_check
 from b3_lightning.data.images import ImageCheck
@@ -104,7 +105,7 @@ class PairsDataModule(L.LightningDataModule):
         self.batches, self.batch_size, self.eval_batch_size = batches, batch_size, eval_batch_size
         self.teacher, self.plan_folder, self.mining = teacher, plan, mining_of(mining, mixture, tasks)
         self.mined_frac, self.n_file_negatives, self.cache = mined_frac or {}, n_file_negatives, cache
-        check_workers(num_workers, prefetch_factor)
+        checks.check_workers(num_workers, prefetch_factor)
         self.num_workers, self.prefetch_factor, self.pin_memory = num_workers, prefetch_factor, pin_memory
         self.image_check, self.seed = image_check, seed
         self.mined: MinedPlan | None = None
@@ -145,13 +146,13 @@ class PairsDataModule(L.LightningDataModule):
         BatchPlan(**self._random_plan(), mined_frac=self.mined_frac)
         count_negatives(pairs, self.n_file_negatives)
         if self.plan_folder is not None:
-            check_plan(self.plan_folder, pairs, self.fingerprint("train"), self.batch_size if is_mined else None)
+            checks.check_plan(self.plan_folder, pairs, self.fingerprint("train"), self.batch_size if is_mined else None)
         elif is_mined and self.teacher.endswith(VECTOR_SUFFIXES):
             check_vectors(self.teacher, len(pairs))
 
     def check_mining(self) -> None:
         """Refuse settings with which the training pairs cannot be mined; a plan that is given needs none."""
-        check_mining(self.mining, self.pairs("train"), self.batch_size)
+        checks.check_mining(self.mining, self.pairs("train"), self.batch_size)
 
     def pairs(self, split: str) -> PairTable:
         """The rows of a loaded split."""
@@ -359,14 +360,15 @@ class PairsDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Which plan is in use and what the batches depend on, so that a resumed run goes on with them."""
-        return {"plan": self._in_use, "decided_epoch": self._decided_epoch, "about": self._about()}
+        mines = {"teacher": self.teacher, "mining": asdict(self.mining)}
+        return {"plan": self._in_use, "decided_epoch": self._decided_epoch, "about": self._about(), "mines": mines}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resume_from = state_dict
 
     def refuse_other_batches(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to train on from a checkpoint whose batches were drawn from anything else; ValueError names it."""
-        refuse_other(self._about(), checkpoint.get(type(self).__qualname__, {}).get("about", {}))
+        checks.refuse_other(self._about(), checkpoint.get(type(self).__qualname__, {}).get("about", {}))
 
     def _restore_plan(self) -> None:
         state, self._resume_from = self._resume_from, None
@@ -375,14 +377,8 @@ class PairsDataModule(L.LightningDataModule):
         self._decided_epoch, self._in_use = state["decided_epoch"], state["plan"]
         if not self._in_use:
             return
-        folder = Path(self._trainer().default_root_dir) / "plans" / self._in_use["folder"]  # a folder given is absolute
-        if not (folder / "plan.json").is_file():
-            raise ValueError(
-                f"the checkpoint goes on with a plan that is not in {folder}: set --run.dir to the run that it is of"
-            )
-        mined = MinedPlan.load(folder)
-        if sha256(folder / "plan.json") != self._in_use["plan_sha256"]:
-            raise ValueError(f"{folder} is not the plan that the checkpoint was trained on; restore it from a backup")
+        mined = checks.load_plan_of(self._in_use, self._trainer().default_root_dir, self.plan_folder)
+        checks.tell_other_mining(self.state_dict()["mines"], state["mines"])
         mined.check_rows(len(self.pairs("train")), self.fingerprint("train"))
         self._draw_from(mined)
 

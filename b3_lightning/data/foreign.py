@@ -14,7 +14,7 @@ import torch
 
 from b3_lightning.data.ordered import ORDERED
 from b3_lightning.data.pairs import TEXT_AND_IMAGE, Item, PairSource, read_negatives, read_strings, what_maps
-from b3_lightning.data.tables import read_table
+from b3_lightning.data.tables import read_table, whole_numbers
 from b3_lightning.mining.groups import permutation
 from b3_lightning.types import name_rows
 
@@ -148,11 +148,11 @@ def _batches(table: pa.Table, column: str | None, path: str) -> dict[Any, list[i
     """Rows by batch; -1, null and an empty cell stand for none."""
     if column is None:
         return {}
-    values = table[column].to_pylist()
+    values = whole_numbers(table[column]).to_pylist()
     wrong = [row for row, value in enumerate(values) if not isinstance(value, int | str | None)]
     if wrong:
         raise ValueError(
-            f"{path}: the batch column {column!r} must hold numbers or texts; not so in {name_rows(wrong)}"
+            f"{path}: the batch column {column!r} must hold whole numbers or texts; not so in {name_rows(wrong)}"
         )
     batches: dict[Any, list[int]] = {}
     for row, value in enumerate(values):
@@ -173,4 +173,4 @@ def _source_rows(table: pa.Table, path: str) -> list[int]:
 def _labels(table: pa.Table, column: str | None) -> list[str]:
     if column is None:
         return [""] * table.num_rows
-    return ["" if value is None else str(value) for value in table[column].to_pylist()]
+    return ["" if value is None else str(value) for value in whole_numbers(table[column]).to_pylist()]

@@ -32,8 +32,17 @@ class Written:
 
 
 def read_sources(paths: Sequence[str]) -> pa.Table:
-    """All columns of the pairs files, end to end; a column that one lacks is null there."""
-    return pa.concat_tables([read_table(path) for path in paths], promote_options="default")
+    """All columns of the pairs files, end to end; a column that one lacks is null there.
+
+    Raises:
+        ValueError: where a column holds one kind of values in one file and another in the next.
+    """
+    try:
+        return pa.concat_tables([read_table(path) for path in paths], promote_options="permissive")
+    except pa.ArrowTypeError as error:
+        raise ValueError(
+            f"{', '.join(paths)} cannot stand in one table: {error}. Give the column one type, or leave it out"
+        ) from error
 
 
 def write_ordered(

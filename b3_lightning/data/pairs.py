@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from b3_lightning.data.mmeb import IMAGE_TOKEN, without_image_token
-from b3_lightning.data.tables import is_list, read_table
+from b3_lightning.data.tables import is_list, read_table, whole_numbers
 from b3_lightning.types import name_rows
 
 log = logging.getLogger(__name__)
@@ -296,7 +296,7 @@ def _listed(value: Any) -> list[Any]:
 
 def read_strings(table: pa.Table, column: str, path: str, numbers: bool) -> list[str]:
     """The column's texts, null as the empty one; whole numbers as texts where ``numbers`` may stand too."""
-    values = table[column]
+    values = whole_numbers(table[column]) if numbers else table[column]
     if numbers and pa.types.is_integer(values.type):
         values = values.cast(pa.string())
     if pa.types.is_null(values.type):

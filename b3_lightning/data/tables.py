@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
@@ -119,13 +121,24 @@ def is_list(kind: pa.DataType) -> bool:
     return any(test(kind) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
 
 
+def whole_numbers(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of fractions without any, such as pandas makes of whole numbers where one is missing, as what it was."""
+    if not pa.types.is_floating(values.type):
+        return values
+    values = pc.if_else(pc.is_nan(values), None, values)
+    try:
+        return values.cast(pa.int64())
+    except pa.ArrowInvalid:  # fractions there are
+        return values
+
+
 def _read_csv(path: Path, typed: bool) -> pa.Table:
-    with path.open(encoding="utf-8-sig") as file:
-        names = next(iter(file)).strip()
-    other = next((sign for sign in (";", "\t") if sign in names and "," not in names), None)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        names = next(csv.reader(file), [])
+    other = next((sign for sign in (";", "\t") if len(names) == 1 and sign in names[0]), None)
     if other is not None:
         raise ValueError(f"{path} separates its columns by {other!r}; save it with commas")
-    columns = {} if typed else {name.strip('"'): pa.string() for name in names.split(",")}
+    columns = {} if typed else dict.fromkeys(names, pa.string())
     return pyarrow.csv.read_csv(
         path,
         parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),

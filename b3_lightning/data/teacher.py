@@ -33,7 +33,7 @@ Embed = Callable[[list[Features]], Tensor]
 
 @dataclass(frozen=True)
 class PairEncoder:
-    """Encodes queries and targets, each distinct (text, image) once, long texts first.
+    """Encodes queries and targets, each distinct content (text, image) once, long texts first.
 
     Args:
         contents: text and image content of every row, by side: what the vectors depend on beside the model.
@@ -53,19 +53,24 @@ class PairEncoder:
 
     def encode(self, model: Any, embed: Embed, model_fingerprint: str) -> Embeddings:
         """The vectors that ``embed`` gives for what ``model`` preprocesses; its ``encoder_fingerprint`` names them."""
+        # by content alone, as the fingerprint is: pictures may have got other names since parts were kept
+        item_of = {
+            of: item
+            for side, contents in self.contents.items()
+            for of, item in zip(contents, self.pairs.items(side), strict=True)
+        }
+        distinct = sorted(item_of, key=lambda of: (-len(of[0]), of))
         content = fingerprint(
             model=model_fingerprint,
             precision=self.precision,
             batch_size=self.batch_size,
-            **self.contents,
+            distinct=distinct,
         )
         stage = self.stages.stage("vectors", content)
-        items = {side: self.pairs.items(side) for side in ("query", "target")}
-        distinct = sorted(set(items["query"]) | set(items["target"]), key=lambda item: (-len(item.text), item))
         how = Encoding(self.image_root, self.batch_size, self.num_workers, progress=self.progress)
-        position = {item: index for index, item in enumerate(distinct)}
-        position_2N = torch.tensor([[position[item] for item in items[side]] for side in ("query", "target")])
-        n_parts = encode_parts(stage, distinct, model.preprocess, embed, how)
+        position = {of: index for index, of in enumerate(distinct)}
+        position_2N = torch.tensor([[position[of] for of in self.contents[side]] for side in ("query", "target")])
+        n_parts = encode_parts(stage, [item_of[of] for of in distinct], model.preprocess, embed, how)
         if stage.folder is None:
             vector_2ND = join_parts(stage, n_parts)[position_2N]
             return Embeddings.from_arrays(vector_2ND[0], vector_2ND[1])

@@ -100,18 +100,27 @@ def rows_fingerprint(**content: Any) -> str:
 
 
 def find_files(data: Path, name: str) -> list[Path]:
-    """The files of a set: ``NAME/test*.parquet``, ``NAME/data/test*.parquet`` or ``NAME.parquet``, or .jsonl, .csv.
+    """The files of a set: ``test.parquet`` or ``test-*.parquet`` in ``NAME`` or ``NAME/data``, or ``NAME.parquet``.
+
+    Or .jsonl, .csv. Other splits, such as ``testmini-*``, are not the set's.
 
     Raises:
-        ValueError: where it is there in files of several kinds, which may hold the same rows.
+        ValueError: where it is there in files of several kinds, which may hold the same rows, or some of its files
+            are missing.
     """
-    for stem in (f"{name}/test*", f"{name}/data/test*", name):
-        found = sorted(path for suffix in tables.SUFFIXES for path in data.glob(f"{stem}{suffix}"))
+    for folder, stems in (
+        (data / name, ("test", "test-*")),
+        (data / name / "data", ("test", "test-*")),
+        (data, (name,)),
+    ):
+        found = sorted(path for stem in stems for suffix in tables.SUFFIXES for path in folder.glob(f"{stem}{suffix}"))
         if len({path.suffix for path in found}) > 1:
             listed = ", ".join(str(path.relative_to(data)) for path in found)
             raise ValueError(
                 f"{data} has the set {name!r} in several kinds of file ({listed}); leave one of them there"
             )
+        if "test" in tables.find_shards(folder):
+            tables.shards_of(folder, "test")  # refuses where one is missing
         if found:
             return found
     return []

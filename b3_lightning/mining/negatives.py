@@ -28,7 +28,7 @@ def draw_negatives(
     """(N, H) int64, H = ``n_negatives``: rows whose targets are each row's negatives; -1 where too few can be drawn.
 
     No negative lies in its row's cluster (it is in the batch anyway), shares a key with a row of the group, is masked
-    for one of them, or is drawn twice by a group.
+    for one of them, or has the target of another one of the group.
 
     Args:
         keys: (N,) int64 each: of targets, and of what else tells that two rows answer one another.
@@ -46,11 +46,12 @@ def draw_negatives(
         return negative_NH
     for part_GK in groups_GK.split(max(1, _RANKS_AT_ONCE // (groups_GK.shape[1] * neighbors.ids_NW.shape[1]))):
         group = _Group(part_GK, neighbors, window, keys, cluster_N)
-        hard_P = group.allowed(group.codes(window.hard_NW))
-        hard_GKH = group.deal(hard_P, n_hard, generator)
-        chosen_P = _codes(hard_GKH.flatten(1), len(neighbors))
+        hard_P, count_P = group.distinct(group.allowed(group.codes(window.hard_NW)))
+        hard_GKH = group.deal(hard_P, count_P, n_hard, generator)
+        chosen_P = group.targets(_codes(hard_GKH.flatten(1), len(neighbors)))
         random_P = group.allowed(group.random_codes(4 * n_random * part_GK.shape[1] + 16, generator))
-        random_GKH = group.deal(random_P[~torch.isin(random_P, chosen_P)].unique(), n_random, generator)
+        random_P, _ = group.distinct(random_P[~torch.isin(group.targets(random_P), chosen_P)])
+        random_GKH = group.deal(random_P, torch.ones_like(random_P), n_random, generator)
         filled_GK = part_GK != PADDING
         negative_NH[part_GK[filled_GK]] = torch.cat([hard_GKH, random_GKH], dim=2)[filled_GK]
     return negative_NH
@@ -96,9 +97,21 @@ class _Group:
             ok_P &= ~torch.isin(group_P * n_keys + key_N[row_P], _codes(own_GK, n_keys))
         return code_P[ok_P]
 
-    def deal(self, code_P: Tensor, n_each: int, generator: torch.Generator) -> Tensor:
-        """(G, K, n_each): draw without replacement, by how often a code stands there, and deal round the group."""
-        code_P, count_P = code_P.unique(return_counts=True)
+    def targets(self, code_P: Tensor) -> Tensor:
+        """Each candidate's group and target as one number."""
+        key_N = self._keys[0]
+        return code_P // self._n_rows * (int(key_N.max()) + 1) + key_N[code_P % self._n_rows]
+
+    def distinct(self, code_P: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the candidates of each group, the first row of every target, and how often the target stands there."""
+        _, target_P, count_T = self.targets(code_P).unique(return_inverse=True, return_counts=True)
+        first_T = count_T.new_full(count_T.shape, len(self._part_GK) * self._n_rows)
+        first_T = first_T.scatter_reduce(0, target_P, code_P, "amin")
+        first_T, order_T = first_T.sort()
+        return first_T, count_T[order_T]
+
+    def deal(self, code_P: Tensor, count_P: Tensor, n_each: int, generator: torch.Generator) -> Tensor:
+        """(G, K, n_each): draw without replacement, weighted by the counts, and deal round the group."""
         # Gumbel's trick: the largest of log(weight) + noise are a weighted draw without replacement
         drawn_P = torch.rand(len(code_P), generator=generator, device="cpu").clamp_(1e-9, 1 - 1e-7)
         noise_P = -torch.log(-torch.log(drawn_P)).to(code_P.device)

@@ -95,7 +95,7 @@ def help_mine(
     rows = Rows.check(query_ND, target_ND, settings, **values)
     search = Search(settings, choose_backend(settings), stages, None)
     for task in rows.by_task():
-        search.rank(task, choose_ranks(task.embeddings, task.keys[0], settings.of_task(task.name)))
+        search.rank(task, choose_ranks(task.embeddings, task.keys, settings.of_task(task.name)))
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def _mine_task(task: Task, search: Search) -> MinedPlan:
     seconds: dict[str, float] = {}
     timed = partial(_timed, seconds=seconds, progress=search.progress)
     with timed("ranks"):
-        choice = choose_ranks(embeddings, task.keys[0], settings)
+        choice = choose_ranks(embeddings, task.keys, settings)
         _log_choice(task.name, n_rows, choice)
     backend.check_memory(n_rows, embeddings.query_ND.shape[1], choice.last_rank + 1)
     with timed("neighbours"):

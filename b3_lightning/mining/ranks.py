@@ -47,9 +47,9 @@ class RankChoice:
         return self.first_rank + self.n_ranks - 1
 
 
-def choose_ranks(embeddings: Embeddings, target_key_N: Tensor, settings: MiningSettings) -> RankChoice:
-    """Fix what ``settings`` leaves to the data."""
-    n_rows, n_targets = len(embeddings), len(target_key_N.unique())
+def choose_ranks(embeddings: Embeddings, keys: Sequence[Tensor], settings: MiningSettings) -> RankChoice:
+    """Fix what ``settings`` leaves to the data; ``keys``: (N,) each, of targets, then what else makes rows alike."""
+    n_rows, n_targets = len(embeddings), len(keys[0].unique())
     labels = settings.ranked == "labels" or (settings.ranked == "auto" and n_targets * _ROWS_PER_LABEL <= n_rows)
     by_size = max(1, min(40 + 2 * settings.cluster_size, n_rows // 10))
     n_ranks = by_size if isinstance(settings.n_ranks, str) else settings.n_ranks
@@ -59,12 +59,12 @@ def choose_ranks(embeddings: Embeddings, target_key_N: Tensor, settings: MiningS
         return RankChoice(True, 0, n_ranks, reason)
     if not isinstance(settings.first_rank, str):
         return RankChoice(False, settings.first_rank, n_ranks, "as set")
-    return _estimate(embeddings, target_key_N, n_ranks, settings.seed)
+    return _estimate(embeddings, keys, n_ranks, settings.seed)
 
 
-def _estimate(embeddings: Embeddings, target_key_N: Tensor, n_ranks: int, seed: int) -> RankChoice:
+def _estimate(embeddings: Embeddings, keys: Sequence[Tensor], n_ranks: int, seed: int) -> RankChoice:
     n_looked_at = min(_N_RANKS, max(1, len(embeddings) // 10))
-    evidence_SW, reliable = _evidence(embeddings, target_key_N, n_looked_at, seed)
+    evidence_SW, reliable = _evidence(embeddings, keys, n_looked_at, seed)
     share_W = evidence_SW.double().mean(dim=0)
     by_chance = share_W[-max(1, n_looked_at // 4) :].mean()
     width = min(_SMOOTHED, n_looked_at)
@@ -79,13 +79,13 @@ def _estimate(embeddings: Embeddings, target_key_N: Tensor, n_ranks: int, seed: 
     return RankChoice(False, first_rank, n_ranks, reason, tuple(share_W.tolist()))
 
 
-def _evidence(embeddings: Embeddings, target_key_N: Tensor, n_ranks: int, seed: int) -> tuple[Tensor, bool]:
+def _evidence(embeddings: Embeddings, keys: Sequence[Tensor], n_ranks: int, seed: int) -> tuple[Tensor, bool]:
     """(S, W) bool: is the target at this rank likely to be right too? And: did scores above the positive's count?"""
     query_ND, target_ND = embeddings.query_ND, embeddings.target_ND
-    order = permutation(len(embeddings), seed, target_key_N.device)
+    order = permutation(len(embeddings), seed, keys[0].device)
     sample, other = order[:_N_SAMPLED], order.roll(1)[:_N_SAMPLED]
     ids_SW, score_SW = find_neighbors(
-        query_ND[sample], target_ND, n_neighbors=n_ranks, exclude=[(target_key_N[sample], target_key_N)]
+        query_ND[sample], target_ND, n_neighbors=n_ranks, exclude=[(key_N[sample], key_N) for key_N in keys]
     )
     evidence_SW = torch.zeros_like(ids_SW, dtype=torch.bool)
     for vector_ND in (query_ND, target_ND):

@@ -159,7 +159,7 @@ def what_if(
 def _answer(task: Task, search: Search, questions: Questions) -> TaskAnswer:
     settings = search.settings.of_task(task.name)
     sample = _sampled(task, questions.max_rows, settings.seed)
-    estimate = choose_ranks(sample.embeddings, sample.keys[0], replace(settings, first_rank="auto"))
+    estimate = choose_ranks(sample.embeddings, sample.keys, replace(settings, first_rank="auto"))
     windows = _windows(estimate, len(sample.ids), settings, questions)
     widest = max(window.first_rank + window.n_ranks for window in windows)
     neighbors = search.rank(sample, estimate if estimate.labels else replace(windows[0], first_rank=0, n_ranks=widest))
@@ -201,14 +201,18 @@ def _sampled(task: Task, max_rows: int, seed: int) -> Task:
 
 
 def _windows(estimate: RankChoice, n_rows: int, settings: MiningSettings, questions: Questions) -> list[RankChoice]:
-    """The windows asked about that leave ranks in so many rows, narrowest first; a labels task has its own alone."""
+    """The windows asked about that so many rows can fill, the earliest first; a labels task has its own alone.
+
+    Where they fill none, as in a small task of a mixture, the earliest with what ranks there are, as ``mine`` has it.
+    """
     if estimate.labels:
         return [estimate]
     own = estimate.first_rank if isinstance(settings.first_rank, str) else settings.first_rank
     first_ranks = sorted({*questions.first_ranks, own, estimate.first_rank})
     fitting = [first for first in first_ranks if first + estimate.n_ranks < n_rows]
     if not fitting:
-        raise ValueError(f"{n_rows} rows are too few for windows of n_ranks={estimate.n_ranks}; set n_ranks to auto")
+        first = min(first_ranks[0], max(0, n_rows - 2))
+        return [replace(estimate, first_rank=first, n_ranks=max(1, n_rows - 1 - first))]
     return [replace(estimate, first_rank=first) for first in fitting]
 
 

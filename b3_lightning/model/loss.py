@@ -6,7 +6,8 @@ positives of all processes and then their hard negatives; D = dimensions, M = ma
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -49,8 +50,8 @@ class LossSettings:
 
     def __post_init__(self) -> None:
         low, high = self.temperature_range
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature} must be a number above 0")
         if not 0 < low < high:
             raise ValueError(f"temperature_range={self.temperature_range} must be positive and rising")
         if self.learn_temperature == "none" and self.temperature_range != LossSettings.temperature_range:
@@ -60,8 +61,8 @@ class LossSettings:
             )
         if self.learn_temperature != "none" and not low <= self.temperature <= high:
             raise ValueError(f"temperature={self.temperature} lies outside temperature_range={self.temperature_range}")
-        if self.hardness < 0 or (self.mask_margin is not None and self.mask_margin < 0):
-            raise ValueError(f"hardness={self.hardness} and mask_margin={self.mask_margin} must not be negative")
+        if not self.hardness >= 0 or not (self.mask_margin is None or self.mask_margin >= 0):
+            raise ValueError(f"hardness={self.hardness} and mask_margin={self.mask_margin} must be at least 0")
         if any(width < 1 for width in self.matryoshka_dims):
             raise ValueError(f"matryoshka_dims={self.matryoshka_dims} must be above 0")
 
@@ -161,7 +162,7 @@ def contrastive_loss(
     """The mean of ``info_nce`` over the directions and over the Matryoshka widths."""
     losses = []
     for vector_BD, column_CD, ignore_BC in directions:
-        for width in (*settings.matryoshka_dims, vector_BD.shape[1]):
+        for width in dict.fromkeys([*settings.matryoshka_dims, vector_BD.shape[1]]):  # the whole once, if listed too
             score_BC = truncate(vector_BD, width) @ truncate(column_CD, width).T
             losses.append(
                 info_nce(
@@ -191,6 +192,16 @@ class Temperature(nn.Module):
         if settings.learn_temperature != "none":
             n_learned = n_tasks if settings.learn_temperature == "per_task" else 1
             self.log_scale_T = nn.Parameter(-torch.tensor(settings.temperature).log().repeat(n_learned))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Move to another device or type, but never below float32: there, the steps are lost in rounding."""
+
+        def widened(value: Tensor) -> Tensor:
+            moved = fn(value)
+            return value.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
+
+        found: nn.Module = super()._apply(widened, recurse)  # type: ignore[no-untyped-call]
+        return found
 
     def forward(self, task: int | None = None) -> float | Tensor:
         """The temperature of a task, or of the geometric mean of all."""

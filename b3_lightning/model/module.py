@@ -304,6 +304,7 @@ class ContrastiveModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         check_trained_dtype(self.embedder, str(self.trainer.precision))
+        self.optim.check_end(self.trainer.max_epochs, self.trainer.max_steps)
         self.optim.check_clippable(self.trainer.precision_plugin, self.trainer.gradient_clip_val)
         optimizer = self.optim.make(self.embedder, self.temperature)
         total_steps = self.trainer.datamodule.total_steps()  # type: ignore[attr-defined]
@@ -321,11 +322,21 @@ class ContrastiveModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.training:
             # the model is restored before the data: other pairs should be named before weights of another shape are
-            self.trainer.datamodule.refuse_other_batches(checkpoint)  # type: ignore[attr-defined]
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            data.refuse_other_batches(checkpoint)
+            self.optim.put_into(checkpoint, data.total_steps())
         # a validation that was cut short begins anew: Lightning would go on in its middle, without the targets before
         for count in _validation_progress(checkpoint):
             count.update(dict.fromkeys(count, 0))
         self._seed = checkpoint.get("b3_seed")
+        self.prepare_for(checkpoint)
+
+    def prepare_for(self, checkpoint: dict[str, Any]) -> None:
+        """Take the shape that a checkpoint's weights have, and complete them with those that it leaves out.
+
+        Raises:
+            ValueError: where they are of another model.
+        """
         state = checkpoint["state_dict"]
         if self.lora is not None:
             # only what is trained was saved; the rest is as it was loaded

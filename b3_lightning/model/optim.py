@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import nn
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,41 @@ class OptimSettings:
                 f"{clip:g}: Lightning clips no gradients of a fused optimiser in mixed precision. Leave out "
                 "model.optim.fused, or set --trainer.gradient_clip_val=null, or another --trainer.precision"
             )
+
+    def check_end(self, max_epochs: int | None, max_steps: int) -> None:
+        """Refuse a schedule over steps that nobody can count.
+
+        Args:
+            max_epochs: of the trainer, -1 where nothing but a time ends the run.
+            max_steps: of the trainer, -1 where there is no such limit.
+
+        Raises:
+            ValueError: where both are without limit, and the rate is to rise or fall.
+        """
+        if max_epochs == -1 and max_steps == -1 and (self.schedule != "constant" or self.warmup_frac):
+            raise ValueError(
+                f"model.optim.schedule={self.schedule}, model.optim.warmup_frac={self.warmup_frac:g}: the rate follows "
+                "the share of all steps that are done, and neither --trainer.max_epochs nor --trainer.max_steps says "
+                "how many there are. Set one of them (max_time may end the run before), or "
+                "--model.optim.schedule=constant --model.optim.warmup_frac=0"
+            )
+
+    def put_into(self, checkpoint: dict[str, Any], total_steps: int) -> None:
+        """Have a run that goes on from a checkpoint do so with these settings; PyTorch would take the checkpoint's."""
+        # a checkpoint of weights alone has neither; Lightning says so
+        states = checkpoint.get("optimizer_states", []), checkpoint.get("lr_schedulers", [])
+        for optimizer, scheduler in zip(*states, strict=True):
+            groups = optimizer["param_groups"]
+            given = {"initial_lr": self.learning_rate, "weight_decay": self.weight_decay}
+            for name, now in given.items():
+                if groups[0][name] != now:
+                    setting = "learning_rate" if name == "initial_lr" else name
+                    log.warning("model.optim.%s is %g from here on; it was %g", setting, now, groups[0][name])
+            rate = self.learning_rate * self.factor(scheduler["last_epoch"], total_steps)
+            scheduler |= {"base_lrs": [self.learning_rate] * len(groups), "_last_lr": [rate] * len(groups)}
+            for group in groups:
+                group |= {"lr": rate, "initial_lr": self.learning_rate, "fused": self.fused or None}
+            groups[0]["weight_decay"] = self.weight_decay  # that of the matrices, as ``make`` groups them
 
     def make(self, embedder: nn.Module, temperature: nn.Module) -> torch.optim.AdamW:
         """AdamW over what is trained of the two, without decay of biases, norms and temperatures."""

@@ -21,7 +21,7 @@ def print_audit(console: Console, found: Sequence[Finding], pairs: ForeignPairs,
     rows = f"{len(pairs):,} rows (counted from 0)"
     about = f"{rows}, {pairs.n_negatives:,} negatives, {len(pairs.batches):,} batches{batches}"
     named = ", ".join(f"{ours} = {theirs}" if ours != theirs else ours for ours, theirs in pairs.columns.items())
-    console.print(f"{about}\ncolumns: {named}", highlight=False)
+    console.print(f"{about}\ncolumns: {named}", highlight=False, markup=False)
     kinds: dict[str, list[Finding]] = {}
     for finding in found:
         kinds.setdefault(finding.name, []).append(finding)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from rich.table import Table
 
 from b3_lightning.evaluation.bootstrap import PairedDifference, paired_bootstrap
 from b3_lightning.model.ranks import query_metrics
-from b3_lightning.reports.runs import Run, load_runs, read_csv_run
+from b3_lightning.reports.runs import Run, load_runs, read_csv_rows, read_csv_run
 
 SHOWN = ("val/hit@1", "val/hit@5", "val/hit@10", "val/mrr", "val/ndcg@10", "val/loss")
 COMPARED = ("hit@1", "mrr")
@@ -121,20 +120,22 @@ def compare_runs(given: Sequence[str], *, metric: str = "val/mrr", output: str |
         from b3_lightning.reports.compare_page import write_compare_page
 
         write_compare_page(compared, Path(output))
-        console.print(f"curves: {output}", highlight=False, soft_wrap=True)
+        console.print(f"curves: {output}", highlight=False, soft_wrap=True, markup=False)
     for url in compared.workspaces():
-        console.print(f"W&B workspace: {url}", highlight=False, soft_wrap=True)
+        console.print(f"W&B workspace: {url}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _with_metric(runs: Sequence[Run], metric: str, console: Console) -> list[Run]:
-    """Leave out those of a server's project that never logged the metric, and say so: nobody named them one by one."""
-    kept = [run for run in runs if not run.url or any(metric in row for row in run.rows)]
+    """Leave out those that never logged the metric, such as a run that has not validated yet, and say so."""
+    kept = [run for run in runs if any(metric in row for row in run.rows)]
     names = [run.name for run in runs if not any(run is other for other in kept)]
     if not kept:
         return list(runs)
     if names:
         console.print(
-            f"left out, {len(names)} of {len(runs)} runs hold no {metric}: {', '.join(names)}", highlight=False
+            f"left out, {len(names)} of {len(runs)} runs hold no {metric}: {', '.join(names)}",
+            highlight=False,
+            markup=False,
         )
     return kept
 
@@ -169,14 +170,14 @@ def _print_significance(compared: Comparison, console: Console) -> None:
         title = (
             f"points above {compared.runs[0].name}, both at their best val/mrr; 95% over {sure[0].n_queries:,} queries"
         )
-        table = Table("", *COMPARED, title=title)
+        table = Table("", *COMPARED, title=escape(title))
         for one in sure:
             said = (f"{in_words(one.differences[name])} {verdict(one.differences[name])}" for name in COMPARED)
-            table.add_row(one.name, *said)
+            table.add_row(escape(one.name), *map(escape, said))
         console.print(table)
     for one in compared.against_first:
         if one.why_not:
-            console.print(f"no interval for {one.name}: {one.why_not}", highlight=False)
+            console.print(f"no interval for {one.name}: {one.why_not}", highlight=False, markup=False)
 
 
 def best_validation(folder: Path) -> dict[str, float]:
@@ -193,7 +194,6 @@ def keep_old_metrics(folder: Path) -> None:
     """Move the metrics of a run that is resumed aside: Lightning's logger begins its file anew."""
     path = folder / "metrics.csv"
     if path.is_file():
-        with path.open(encoding="utf-8", newline="") as file:
-            step = max((int(row["step"]) for row in csv.DictReader(file)), default=0)
+        step = int(max((row["step"] for row in read_csv_rows(path) if "step" in row), default=0))
         n_before = len(list(folder.glob("metrics-until-*.csv")))
         path.rename(folder / f"metrics-until-{step:08d}-{n_before}.csv")

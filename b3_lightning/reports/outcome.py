@@ -11,28 +11,30 @@ from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from rich.table import Table
 
+from b3_lightning.checkpoints import best_checkpoint
 from b3_lightning.model.metrics import RetrievalMetrics
 from b3_lightning.reports.compare import SHOWN, best_validation
+from b3_lightning.reports.runs import csv_parts
 
 
 def print_outcome(trainer: L.Trainer, folder: Path, *, offline: bool) -> None:
     """Print the best and the last validation of a run, where things lie, and what to do next."""
-    console = Console()
+    console = Console(highlight=False, markup=False)
     epochs = "1 epoch" if trainer.current_epoch == 1 else f"{trainer.current_epoch} epochs"
-    console.print(f"\n{trainer.global_step} steps, {epochs}", highlight=False)
+    console.print(f"\n{trainer.global_step} steps, {epochs}")
     validated = "val/mrr" in trainer.callback_metrics
-    if validated and (folder / "metrics.csv").is_file():
+    if validated and csv_parts(folder):
         best = best_validation(folder)
         table = Table("metric", "best", "last", title="all unique validation targets")
         for name in SHOWN:
             table.add_row(name, f"{best[name]:.4f}", f"{float(trainer.callback_metrics[name]):.4f}")
         console.print(table)
-    console.print(f"run      {folder}  (config.yaml, metrics.csv, checkpoints)", highlight=False)
-    which = "best" if validated else "last"
-    console.print(f"export   {folder / 'export'}  (the {which} weights; SentenceTransformer loads it)", highlight=False)
+    console.print(f"run      {folder}  (config.yaml, metrics.csv, checkpoints)")
+    which = "last" if best_checkpoint(trainer) is None else "best"
+    console.print(f"export   {folder / 'export'}  (the {which} weights; SentenceTransformer loads it)")
     if any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
         note = f"offline; upload with: wandb sync {folder}/wandb/offline-run-*" if offline else "online"
-        console.print(f"W&B      {folder / 'wandb'}  ({note})", highlight=False)
+        console.print(f"W&B      {folder / 'wandb'}  ({note})")
     console.print("next     python -m b3_lightning compare RUN RUN ...  |  --data.batches=random for the baseline arm")
 
 

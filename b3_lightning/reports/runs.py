@@ -47,7 +47,11 @@ class Run:
         """
         there = [row for row in self.rows if metric in row]
         if not there:
-            raise ValueError(f"{self.source} holds no {metric}; runs need data.val_pairs to be compared by it")
+            validated = sorted({name for row in self.rows for name in row if name.startswith("val/")})
+            why = (
+                f"it has {', '.join(validated)}" if validated else "it has not validated yet, or has no data.val_pairs"
+            )
+            raise ValueError(f"{self.source} holds no {metric}: {why}")
         sign = -1 if metric.endswith("loss") else 1
         return max(there, key=lambda row: sign * row[metric])
 
@@ -76,7 +80,7 @@ def _load(given: str) -> Iterator[Run]:
         yield from _from_server(given)
         return
     path = Path(given)
-    if path.is_dir() and (path / "metrics.csv").is_file():
+    if path.is_dir() and csv_parts(path):
         yield read_csv_run(path)
         return
     if path.suffix == ".wandb" and path.is_file():
@@ -96,15 +100,26 @@ def _load(given: str) -> Iterator[Run]:
     yield Run(parts[-1].name, given, flat(parts[-1].config), rows, read_ranks(path))
 
 
+def csv_parts(folder: Path) -> list[Path]:
+    """What a run logged, a file for every time that it was started, in this order."""
+    last = folder / "metrics.csv"
+    return [*sorted(folder.glob("metrics-until-*.csv")), *([last] if last.is_file() else [])]
+
+
+def read_csv_rows(path: Path) -> list[dict[str, float]]:
+    """The numbers of each row; a row that a full disk or a kill cut off is left out."""
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1].splitlines()
+    rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(whole)]
+    return [{key: value for key, value in row.items() if is_number(value)} for row in rows]
+
+
 def read_csv_run(folder: Path) -> Run:
-    rows = []
-    for part in [*sorted(folder.glob("metrics-until-*.csv")), folder / "metrics.csv"]:
-        with part.open(encoding="utf-8", newline="") as file:
-            rows += [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-    rows = [{key: value for key, value in row.items() if is_number(value)} for row in rows]
+    """A run by its folder's metrics.csv and those of earlier starts."""
+    rows = [row for part in csv_parts(folder) for row in read_csv_rows(part)]
     path = folder / "config.yaml"
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return Run(folder.resolve().name, str(folder), flat(config), rows, read_ranks(folder))
+    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return Run(folder.resolve().name, str(folder), flat(config or {}), rows, read_ranks(folder))
 
 
 def _from_server(given: str) -> Iterator[Run]:

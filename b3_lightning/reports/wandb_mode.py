@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import netrc
 import os
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlparse
+
+log = logging.getLogger(__name__)
 
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 """``auto`` is online where a key is set and offline elsewhere."""
@@ -27,4 +30,8 @@ def has_wandb_key() -> bool:
         return True
     path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
-    return path.is_file() and netrc.netrc(path).authenticators(host) is not None
+    try:
+        return path.is_file() and netrc.netrc(path).authenticators(host) is not None
+    except netrc.NetrcParseError as error:
+        log.warning("%s cannot be read (%s); no W&B key is taken from it", path, error)
+        return False

@@ -56,7 +56,7 @@ def tell_what_if(console: Console, answers: Sequence[TaskAnswer], batch_size: in
     console.print(f"\n{_ASSUMED}", style="dim", highlight=False)
     write_text(folder / "what_if.html", _page(answers, batch_size))
     write_atomic(folder / "what_if.parquet", lambda path: pq.write_table(_figures(answers), path))
-    console.print(f"picture and all figures: {folder / 'what_if.html'}", highlight=False)
+    console.print(f"picture and all figures: {folder / 'what_if.html'}", highlight=False, markup=False)
 
 
 def _advised(answer: TaskAnswer, batch_size: int) -> Figure | None:

@@ -58,7 +58,7 @@ def run(given: argparse.Namespace) -> None:
     print_audit(console, found, pairs, dealt)
     if given.output is not None:
         write_audit(given.output, found, pairs)
-        console.print(f"{len(found):,} findings: {given.output}", highlight=False)
+        console.print(f"{len(found):,} findings: {given.output}", highlight=False, markup=False)
     if any(one.wrong or given.strict for one in found):
         sys.exit(FOUND)
 

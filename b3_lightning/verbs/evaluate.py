@@ -133,9 +133,9 @@ def _report(given: argparse.Namespace, output: Path, results: Results, other: Re
     console = Console()
     show(sheets, console)
     write_report(sheets, results, output / "results.md")
-    console.print(f"\nresults  {output}/results.json, results.md", highlight=False, soft_wrap=True)
+    console.print(f"\nresults  {output}/results.json, results.md", highlight=False, soft_wrap=True, markup=False)
     if given.wandb != "disabled":
         name = f"{results.suite.name} {Path(given.model).name}"
         about = {"project": given.project, "group": given.group or results.suite.name, "name": name}
         said = log_to_wandb(results, sheets, output, given.wandb, about)
-        console.print(f"W&B      {output}/wandb  ({said})", highlight=False, soft_wrap=True)
+        console.print(f"W&B      {output}/wandb  ({said})", highlight=False, soft_wrap=True, markup=False)
