@@ -47,7 +47,7 @@ from torch import Tensor
 
 from b3_lightning.cli import main as b3
 from b3_lightning.evaluation.bootstrap import paired_bootstrap
-from b3_lightning.mining.store import write_atomic
+from b3_lightning.mining.store import sha256, write_atomic, write_text
 from b3_lightning.model.ranks import query_metrics
 
 METRICS = ("hit@1", "hit@10", "mrr")
@@ -335,6 +335,7 @@ def main() -> None:
 def prepare(given: argparse.Namespace) -> Bench:
     """Write the parts of the training file and the student, unless they are there."""
     folder = Path(given.output).resolve()
+    refuse_other_settings(given, folder)
     cut(given, folder / "data")
     config: tuple[str, ...] = (f"--config={given.config}",)
     if not given.config:
@@ -344,6 +345,16 @@ def prepare(given: argparse.Namespace) -> Bench:
     fits = tuple(given.fit), tuple(given.search_fit)
     start = Point(given.rate, given.temperature)
     return Bench(folder, config, given.epochs, start, tuple(given.seeds), searched, given.mining, *fits)
+
+
+def refuse_other_settings(given: argparse.Namespace, folder: Path) -> None:
+    """The runs of a folder share the parts of one file, one student and one teacher."""
+    names = ("config", "train", "vectors", "student", "static", "val_share")
+    settings = {name: getattr(given, name) for name in names} | {"sha256": sha256(Path(given.train))}
+    told = folder / "settings.json"
+    if (folder / "data").is_dir() and (not told.is_file() or json.loads(told.read_text()) != settings):
+        raise SystemExit(f"{folder} was made with other settings ({told}); give --output another folder")
+    write_text(told, json.dumps(settings, indent=1))
 
 
 def arms_of(given: argparse.Namespace, bench: Bench) -> Iterator[Arm]:

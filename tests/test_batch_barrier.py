@@ -123,6 +123,9 @@ def test_a_config_brings_its_own_student(
     written = (tmp_path / "out" / "data" / "train.parquet").stat().st_mtime_ns
     assert barrier.prepare(given) == bench
     assert (tmp_path / "out" / "data" / "train.parquet").stat().st_mtime_ns == written  # not cut again
+    given.val_share = 0.5
+    with pytest.raises(SystemExit, match=r"was made with other settings .*give --output another folder"):
+        barrier.prepare(given)
     with pytest.raises(SystemExit):
         barrier.parse([f"--config={config}", "--student=x", "--vectors=y", "--train=a", "--test=b", "--output=c"])
 

@@ -135,6 +135,11 @@ data:
             ["--trainer.max_time=00:00:01:00", "--trainer.max_epochs=-1"],
             "schedule=linear, model.optim.warmup_frac=0.1: .*Set one of them .max_time may end the run before., or",
         ),
+        (["--model.load.dtype=bf16"], "load.dtype=bf16 must be bfloat16, float16, float32 or auto"),
+        (
+            ["--model.lora.target_modules=[q_prj]"],
+            r"target_modules=\['q_prj'\]: .* none of these layers; it has .*query",
+        ),
         (["--model.optim.learning_rate=-1"], "model.optim.learning_rate=-1.0 must be at least 0"),
         (["--model.optim.warmup_frac=500"], "model.optim.warmup_frac=500.0 is a share of all steps: between 0 and 1"),
         (["--model.embedder={hidden_sizes: [8]}", "--model.lora.r=8"], "model.lora adapts a model that exists"),

@@ -119,6 +119,8 @@ class LoadSettings:
     def __post_init__(self) -> None:
         if (self.min_pixels is None) != (self.max_pixels is None):
             raise ValueError(f"min_pixels={self.min_pixels} and max_pixels={self.max_pixels}: give both or neither")
+        if self.dtype not in (None, "auto") and not isinstance(getattr(torch, str(self.dtype), None), torch.dtype):
+            raise ValueError(f"load.dtype={self.dtype} must be bfloat16, float16, float32 or auto")
 
     def for_teacher(self, *, same_model: bool, precision: str) -> LoadSettings:
         """How a teacher is loaded where nothing else is said.
@@ -231,6 +233,11 @@ def _check_counts_pixels(model: SentenceTransformer, path: str) -> None:
 def _add_lora(model: SentenceTransformer, lora: LoraSettings) -> None:
     from peft import LoraConfig, TaskType
 
+    wanted = lora.target_modules
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    if isinstance(wanted, list) and not any(name.endswith(ending) for name in linear for ending in wanted):
+        there = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        raise ValueError(f"model.lora.target_modules={wanted}: the model has none of these layers; it has {there}")
     model.add_adapter(
         LoraConfig(
             task_type=TaskType.FEATURE_EXTRACTION,
