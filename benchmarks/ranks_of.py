@@ -5,7 +5,6 @@ Shapes: N = pairs, M = these and the candidates', U = distinct texts, D = dimens
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 
 from b3_lightning.cli import main as b3
 from b3_lightning.data.pairs import Item, load_pairs
-from b3_lightning.mining.store import write_atomic
+from b3_lightning.mining.store import sha256, write_atomic
 from b3_lightning.model.embedder import LoadSettings, load_embedder
 from b3_lightning.model.ranks import positive_ranks
 
@@ -40,7 +39,8 @@ def ranks_of(run: Path, test: str, candidates: str | None, config: Sequence[str]
 
 
 def _short(path: str | None) -> str:
-    return hashlib.sha256(str(path and Path(path).resolve()).encode()).hexdigest()[:8]
+    """By content: a file may be written anew under its name."""
+    return "alone" if path is None else sha256(Path(path))[:8]
 
 
 def _rank(

@@ -79,8 +79,9 @@ def _backward(module: ContrastiveModule, batch: dict[str, Any]) -> None:
     rank = dist.get_rank() if dist.is_initialized() else 0
     data = SimpleNamespace(total_steps=lambda: 10)
     trainer = SimpleNamespace(
-        precision="64-true", precision_plugin=plugin, gradient_clip_val=None, global_rank=rank, datamodule=data
-    )
+        precision="64-true", precision_plugin=plugin, gradient_clip_val=None, global_rank=rank, datamodule=data,
+        max_epochs=1, max_steps=-1,
+    )  # fmt: skip
     module._trainer = trainer  # type: ignore[assignment]
     module.backward(module.training_step(_as_double(batch), 0)["loss"])
 
