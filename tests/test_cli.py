@@ -18,6 +18,7 @@ from conftest import Run
 from safetensors.torch import load_file
 
 from b3_lightning.cli import main
+from b3_lightning.lightning_cli import _cli_of
 from b3_lightning.mining import MinedPlan
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +82,12 @@ numpy.save("target.npy", model.encode([row["pos_text"] for row in rows]))
     vectors = load_file(folder / "vectors" / "embeddings.safetensors")
     for side in ("query", "target"):
         assert np.allclose(np.load(folder / f"{side}.npy"), vectors[side][:20], atol=1e-5), side
+
+
+def test_only_the_parser_of_the_command_that_is_asked_for_is_made() -> None:
+    assert list(_cli_of(["mine", "fit"]).subcommands()) == ["mine"]
+    for words in ([], ["--help"], ["trian"]):
+        assert {"fit", "mine", "plan", "predict"} <= set(_cli_of(words).subcommands())
 
 
 def test_ctrl_c_leaves_a_checkpoint(tmp_path: Path, shapes: Path) -> None:
