@@ -168,7 +168,7 @@ def test_a_plan_does_not_depend_on_threads() -> None:
         torch.set_num_threads(n_threads)
         try:
             chosen = MiningSettings(first_rank="auto", n_ranks="auto", cluster_size=8, n_negatives=2)
-            plans.append(mine(vectors(2000), vectors(2000, seed=1), settings=chosen))
+            plans.append(mine(vectors(3000), vectors(3000, seed=1), settings=chosen))
         finally:
             torch.set_num_threads(before)
     first, second = plans

@@ -57,9 +57,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory, shapes: Path, models: dict[s
     "settings",
     [
         ("--trainer.devices=1", "--model.chunks.items=5"),
+        # a BERT has a pooler that nothing uses
+        ("--trainer.devices=2", "--trainer.strategy=ddp_find_unused_parameters_true"),
         ("--trainer.devices=2", "--trainer.strategy=ddp", "--model.chunks.items=5"),
     ],
-    ids=["chunks", "chunks-and-processes"],
+    ids=["chunks", "processes", "chunks-and-processes"],
 )
 def test_chunks_and_processes_train_what_one_does_whole(
     settings: tuple[str, ...], whole: Path, shapes: Path, models: dict[str, str], tmp_path: Path

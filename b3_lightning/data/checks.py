@@ -71,12 +71,10 @@ def refuse_other(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming what differs.
     """
-    differing = [
-        f"{name} ({there.get(name)} then, {value} now)" for name, value in here.items() if value != there.get(name)
-    ]
+    differing = _differing(here, there)
     if differing:
         raise ValueError(
-            f"the checkpoint is of a run with other batches; it differs in {', '.join(differing)}. "
+            f"the checkpoint is of a run with other batches; it differs in {differing}. "
             "Give it what it was made with, or start a new run"
         )
 
@@ -107,15 +105,12 @@ def load_plan_of(in_use: Mapping[str, Any], run: str, given: str | None) -> Mine
 
 def tell_other_mining(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
     """Warn of a run that goes on with settings of mining that its plan was not mined with: it is mined again later."""
-    then, now = (
-        {"data.teacher": of["teacher"], **{f"data.mining.{name}": value for name, value in of["mining"].items()}}
-        for of in (there, here)
-    )
-    differing = [
-        f"{name} ({then.get(name)} then, {value} now)" for name, value in now.items() if value != then.get(name)
-    ]
+    differing = _differing(here, there)
     if differing:
-        log.warning(
-            "%s: counts from the next time on that this run mines; the plan in use stays until then",
-            ", ".join(differing),
-        )
+        log.warning("%s: counts from the next time on that this run mines; the plan in use stays until then", differing)
+
+
+def _differing(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name} ({there.get(name)} then, {value} now)" for name, value in here.items() if value != there.get(name)
+    )

@@ -358,10 +358,14 @@ class PairsDataModule(L.LightningDataModule):
             **({"negatives": self._splits["train"].negatives_fingerprint} if self.n_file_negatives else {}),
         }
 
+    def _mines(self) -> dict[str, Any]:
+        mining = {f"data.mining.{name}": value for name, value in asdict(self.mining).items()}
+        return {"data.teacher": self.teacher, **mining}
+
     def state_dict(self) -> dict[str, Any]:
         """Which plan is in use and what the batches depend on, so that a resumed run goes on with them."""
-        mines = {"teacher": self.teacher, "mining": asdict(self.mining)}
-        return {"plan": self._in_use, "decided_epoch": self._decided_epoch, "about": self._about(), "mines": mines}
+        about = {"about": self._about(), "mines": self._mines()}
+        return {"plan": self._in_use, "decided_epoch": self._decided_epoch, **about}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resume_from = state_dict
@@ -378,7 +382,7 @@ class PairsDataModule(L.LightningDataModule):
         if not self._in_use:
             return
         mined = checks.load_plan_of(self._in_use, self._trainer().default_root_dir, self.plan_folder)
-        checks.tell_other_mining(self.state_dict()["mines"], state["mines"])
+        checks.tell_other_mining(self._mines(), state["mines"])
         mined.check_rows(len(self.pairs("train")), self.fingerprint("train"))
         self._draw_from(mined)
 

@@ -185,11 +185,18 @@ def shards_of(folder: Path, split: str) -> list[Path]:
     shards = find_shards(folder)
     if split not in shards:
         raise ValueError(_no_split(folder, split, sorted(shards)))
-    shard = _SHARD.fullmatch(shards[split][0].name)
-    assert shard is not None
-    if len(shards[split]) != int(shard["count"]):
-        raise ValueError(f"{folder} holds {len(shards[split])} of the {int(shard['count'])} files of split {split!r}")
+    check_shards(shards[split])
     return shards[split]
+
+
+def check_shards(paths: Iterable[Path]) -> None:
+    """Refuse files of one split and folder, some of them named as the hub does, where these names tell of more."""
+    shards = [(path, shard) for path in paths if (shard := _SHARD.fullmatch(path.name)) is not None]
+    if shards and len(shards) != int(shards[0][1]["count"]):
+        path, shard = shards[0]
+        raise ValueError(
+            f"{path.parent} holds {len(shards)} of the {int(shard['count'])} files of split {shard['split']!r}"
+        )
 
 
 def _no_split(path: Path, split: str, there: list[str]) -> str:

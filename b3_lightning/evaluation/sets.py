@@ -108,19 +108,15 @@ def find_files(data: Path, name: str) -> list[Path]:
         ValueError: where it is there in files of several kinds, which may hold the same rows, or some of its files
             are missing.
     """
-    for folder, stems in (
-        (data / name, ("test", "test-*")),
-        (data / name / "data", ("test", "test-*")),
-        (data, (name,)),
-    ):
+    tests = ("test", "test-*")
+    for folder, stems in ((data / name, tests), (data / name / "data", tests), (data, (name,))):
         found = sorted(path for stem in stems for suffix in tables.SUFFIXES for path in folder.glob(f"{stem}{suffix}"))
         if len({path.suffix for path in found}) > 1:
             listed = ", ".join(str(path.relative_to(data)) for path in found)
             raise ValueError(
                 f"{data} has the set {name!r} in several kinds of file ({listed}); leave one of them there"
             )
-        if "test" in tables.find_shards(folder):
-            tables.shards_of(folder, "test")  # refuses where one is missing
+        tables.check_shards(found)
         if found:
             return found
     return []

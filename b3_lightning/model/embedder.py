@@ -231,24 +231,25 @@ def _check_counts_pixels(model: SentenceTransformer, path: str) -> None:
 
 
 def _add_lora(model: SentenceTransformer, lora: LoraSettings) -> None:
-    from peft import LoraConfig, TaskType
+    from peft import LoraConfig, NoMatchingPeftModuleError, TaskType
 
-    wanted = lora.target_modules
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    if isinstance(wanted, list) and not any(name.endswith(ending) for name in linear for ending in wanted):
-        there = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-        raise ValueError(f"model.lora.target_modules={wanted}: the model has none of these layers; it has {there}")
-    model.add_adapter(
-        LoraConfig(
-            task_type=TaskType.FEATURE_EXTRACTION,
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            use_dora=lora.use_dora,
-            init_lora_weights="gaussian" if lora.init == "gaussian" else True,
-            target_modules=lora.target_modules,
-        )
+    config = LoraConfig(
+        task_type=TaskType.FEATURE_EXTRACTION,
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        use_dora=lora.use_dora,
+        init_lora_weights="gaussian" if lora.init == "gaussian" else True,
+        target_modules=lora.target_modules,
     )
+    try:
+        model.add_adapter(config)
+    except NoMatchingPeftModuleError as error:
+        linear = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+        there = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        raise ValueError(
+            f"model.lora.target_modules={lora.target_modules}: the model has none of these layers; it has {there}"
+        ) from error
     keep_in_float32(model)
 
 
