@@ -228,10 +228,13 @@ def test_going_on_with_another_plan(told: Command, caplog: pytest.LogCaptureFixt
     Path("plan").rename("moved")
     assert _holds(told("fit", *again), "goes on with a plan that is not in .*/plan: name it as --data.plan")
     main(["fit", "--config=config.yaml", *again, "--data.plan=moved", "--data.mining.first_rank=3"])
-    assert "data.mining.first_rank (1 then, 3 now): counts from the next time on that this run mines" in caplog.text
+    assert "first_rank=1, not 3: data.mining is without effect there" in caplog.text
+    assert "counts from the next time" not in caplog.text, "it is said once"
 
 
-def test_going_on_in_the_wrong_folder_or_with_other_batches(told: Command, tmp_path: Path) -> None:
+def test_going_on_in_the_wrong_folder_or_with_other_batches(
+    told: Command, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     main(["fit", "--config=config.yaml", "--data.val_pairs=pairs.csv"])
     assert _holds(told("fit"), "run.dir=run holds another run; set --run.dir .*--ckpt_path=run/checkpoints/last.ckpt")
     again = ["--data.val_pairs=pairs.csv", "--ckpt_path=run/checkpoints/last.ckpt", "--trainer.max_epochs=2"]
@@ -246,6 +249,8 @@ def test_going_on_in_the_wrong_folder_or_with_other_batches(told: Command, tmp_p
     assert _holds(told("fit", *again, "--data.batch_size=8"), "differs in batch_size .16 then, 8 now.")
     said = told("validate", *again, "--model.embedder={hidden_sizes: [8]}")
     assert _holds(said, r"weights of another model; \d+ differ, such as model\..*Give model.embedder, model.lora")
+    main(["fit", "--config=config.yaml", *again, "--data.mining.first_rank=3"])
+    assert "data.mining.first_rank (1 then, 3 now): counts from the next time on that this run mines" in caplog.text
 
 
 def test_a_checkpoint_is_refused_only_where_its_plans_lie_in_another_run(tmp_path: Path) -> None:

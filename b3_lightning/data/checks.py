@@ -103,10 +103,18 @@ def load_plan_of(in_use: Mapping[str, Any], run: str, given: str | None) -> Mine
     return plan
 
 
-def tell_other_mining(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
-    """Warn of a run that goes on with settings of mining that its plan was not mined with: it is mined again later."""
-    differing = _differing(here, there)
-    if differing:
+def tell_other_mining(here: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Warn of a run that goes on with settings of mining that its own plan was not mined with.
+
+    One given as ``data.plan`` is compared with the settings at every start, whether a run begins or goes on.
+
+    Args:
+        here: what the run would mine with now.
+        state: the data's in the checkpoint: ``plan`` is in use, ``mines`` is as ``here``.
+    """
+    was_given = Path(state["plan"]["folder"]).is_absolute()
+    differing = _differing(here, state["mines"])
+    if differing and not was_given:
         log.warning("%s: counts from the next time on that this run mines; the plan in use stays until then", differing)
 
 

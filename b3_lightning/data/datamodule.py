@@ -382,7 +382,7 @@ class PairsDataModule(L.LightningDataModule):
         if not self._in_use:
             return
         mined = checks.load_plan_of(self._in_use, self._trainer().default_root_dir, self.plan_folder)
-        checks.tell_other_mining(self._mines(), state["mines"])
+        checks.tell_other_mining(self._mines(), state)
         mined.check_rows(len(self.pairs("train")), self.fingerprint("train"))
         self._draw_from(mined)
 

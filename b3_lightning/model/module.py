@@ -124,6 +124,8 @@ class ContrastiveModule(L.LightningModule):
         n_dims = self.model.get_embedding_dimension()
         if n_dims is not None and max(self.loss.matryoshka_dims, default=0) > n_dims:
             raise ValueError(f"model.loss.matryoshka_dims={self.loss.matryoshka_dims}: {name} has {n_dims} dimensions")
+        # Lightning does so after a checkpoint's weights are put in, and would round float64 to what was loaded
+        self.trainer.precision_plugin.convert_module(self)
         if isinstance(strategy, FullyShardedStrategy):
             shard(self.model, strategy.device_mesh["data_parallel"], str(self.trainer.precision))
             self._passes = EqualPasses(self.model)
