@@ -236,7 +236,7 @@ class Edges:
 
     def is_joined(self) -> Tensor:
         """(N,) bool: whether a row has an edge."""
-        joined_N = torch.zeros(self.n_rows, dtype=torch.bool)
+        joined_N = torch.zeros(self.n_rows, dtype=torch.bool, device=self.source_E.device)
         joined_N[self.source_E] = True
         joined_N[self.target_E] = True
         return joined_N

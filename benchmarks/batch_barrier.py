@@ -366,7 +366,7 @@ def arms_of(given: argparse.Namespace, bench: Bench) -> Iterator[Arm]:
     def plan(settings: Sequence[str]) -> tuple[str, ...]:
         return () if given.config else (f"--data.plan={mine_once(bench, settings)}",)
 
-    default = plan([])
+    default = plan([]) if given.mined else ()
     for size in sorted({*given.mined, *given.random}):
         if size in given.mined:
             yield Arm("b3", size, settings=default)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 import time
-from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ import torch
 from b3_lightning.mining.backends import CPU
 from b3_lightning.mining.clusters import cut_clusters
 from b3_lightning.mining.communities import find_communities
-from b3_lightning.mining.edges import build_edges, window_arcs
+from b3_lightning.mining.edges import build_edges, tie_lone_rows
 from b3_lightning.mining.neighbors import find_neighbors, positive_scores
 from b3_lightning.mining.parts import cut_into_parts
 from b3_lightning.mining.settings import CommunityAlgorithm, Cut, MiningSettings
@@ -48,7 +47,6 @@ def measure(vectors: str, keys: str | None = None) -> list[str]:
     seconds = time.perf_counter() - start
     window = rank_window(neighbors, MiningSettings(), **WINDOW)
     edges = build_edges(neighbors, window, kind="mutual")
-    arcs = partial(window_arcs, neighbors, window)
     find_communities(edges, MiningSettings(), CPU)  # imports are not counted
     rows = [f"{len(embeddings)} rows, {len(edges)} edges, neighbours {seconds:.1f} s", ""]
     rows += ["| K | communities | kept when cut | kept after swaps | seconds to cut | seconds of swaps |"]
@@ -60,9 +58,11 @@ def measure(vectors: str, keys: str | None = None) -> list[str]:
             found = find_communities(edges, chosen, CPU)
             if algorithm == "metis":
                 rows.append(f"| {size} | paper | {_kept(edges, _repaired_at_random(found.label_N, size)):.3f} | | | |")
-            cut = cut_clusters(edges, cut_into_parts(edges, found, chosen, CPU), arcs, embeddings, cluster_size=size)
+            part_N = cut_into_parts(edges, found, chosen, CPU)
+            tied = tie_lone_rows(edges, neighbors, window, n_entries=2 * size)
+            cut = cut_clusters(tied, part_N, cluster_size=size, seed=chosen.seed)
             middle = time.perf_counter()
-            better = improve_by_swaps(cut, edges, max_rounds=N_SWAP_ROUNDS)
+            better = improve_by_swaps(cut, tied, max_rounds=N_SWAP_ROUNDS)
             shares = (_kept(edges, clusters.cluster_of_row()) for clusters in (cut, better))
             end = time.perf_counter()
             cells = [f"{share:.3f}" for share in shares] + [f"{middle - start:.1f}", f"{end - middle:.1f}"]

@@ -18,7 +18,7 @@ from b3_lightning.mining.clusters import cut_clusters
 from b3_lightning.mining.communities import find_communities
 from b3_lightning.mining.parts import cut_into_parts
 from b3_lightning.mining.swaps import improve_by_swaps
-from b3_lightning.types import Edges, Embeddings
+from b3_lightning.types import Edges
 
 ALGORITHMS = ("louvain", "leiden", "metis", "kaminpar", "none")
 
@@ -140,15 +140,13 @@ def test_a_thousand_random_graphs(
     drawn = np.unique(np.sort(rng.integers(0, n_rows, size=(n_edges, 2)), axis=1), axis=0)
     pairs = torch.tensor(drawn[drawn[:, 0] != drawn[:, 1]])
     edges = Edges(pairs[:, 0], pairs[:, 1], torch.ones(len(pairs)), n_rows)
-    embeddings = Embeddings.from_arrays(vectors(n_rows, 4, seed), vectors(n_rows, 4, seed + 1))
-    nothing = torch.empty(0, dtype=torch.int64)
     chosen = MiningSettings(
         communities=algorithm, cut=cut_by, cluster_size=cluster_size, resolution=resolution, seed=seed
     )
 
     def clusters_of() -> torch.Tensor:
         part_N = cut_into_parts(edges, find_communities(edges, chosen, CPU), chosen, CPU)
-        cut = cut_clusters(edges, part_N, lambda _: (nothing, nothing), embeddings, cluster_size=cluster_size)
+        cut = cut_clusters(edges, part_N, cluster_size=cluster_size, seed=seed)
         better = improve_by_swaps(cut, edges, max_rounds=swap_rounds)
         kept = [len(edges.within(clusters.cluster_of_row())) for clusters in (cut, better)]
         assert kept[1] >= kept[0]

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from b3_lightning.mining import MinedPlan, MiningSettings, cpu, mine
-from b3_lightning.mining.clusters import cut_clusters
-from b3_lightning.mining.edges import build_edges, window_arcs
+from b3_lightning.mining.clusters import HOMELESS, cut_clusters
+from b3_lightning.mining.edges import arcs_by_tile, build_edges, tie_lone_rows
 from b3_lightning.mining.neighbors import find_neighbors
 from b3_lightning.mining.window import rank_window
-from b3_lightning.types import Edges, Embeddings, Neighbors, Window
+from b3_lightning.types import PADDING, Edges, Embeddings, Neighbors, Window
 
 
 def vectors(n_rows: int, n_dims: int = 8, seed: int = 0) -> npt.NDArray[np.float32]:
@@ -174,15 +174,51 @@ def test_rows_with_equal_targets_are_no_neighbours_and_scores_are_cosines() -> N
     assert np.allclose(mined.neighbors.positive_score_N, (unit[0] * unit[1]).sum(axis=1), atol=1e-6)
 
 
-def test_a_graph_without_edges_still_gives_full_clusters_of_similar_rows() -> None:
-    vector = np.repeat(np.eye(4, dtype=np.float32), 4, axis=0)
-    embeddings = Embeddings.from_arrays(vector, vector)
-    none = torch.empty(0, dtype=torch.int64)
-    edges = Edges(none, none, torch.empty(0), 16)
-    clusters = cut_clusters(
-        edges, torch.zeros(16, dtype=torch.int64), lambda _: (none, none), embeddings, cluster_size=4
-    )
-    assert clusters.ids_CK.shape == (4, 4)
+def test_a_graph_without_edges_still_gives_full_clusters_in_no_order_of_the_file() -> None:
+    nothing = torch.empty(0, dtype=torch.int64)
+    edges = Edges(nothing, nothing, torch.empty(0), 64)
+    part_N = torch.full((64,), HOMELESS)
+    clusters = cut_clusters(edges, part_N, cluster_size=4, seed=0)
+    assert sorted(clusters.ids_CK.flatten().tolist()) == list(range(64))
+    assert not torch.equal(clusters.ids_CK, cut_clusters(edges, part_N, cluster_size=4, seed=1).ids_CK)
+    assert int((clusters.ids_CK.diff(dim=1) == 1).sum()) < 16, "rows next to one another were put together"
+
+
+def test_rows_without_an_edge_are_tied_to_the_first_entries_of_their_windows() -> None:
+    # 0-1-2 and 4-5-6 are joined; 3 and 7 are not, and have (5, 0) and (1, 4) in their windows
+    edges = Edges(torch.tensor([0, 0, 1, 4, 4, 5]), torch.tensor([1, 2, 2, 5, 6, 6]), torch.ones(6), 8)
+    ids_NW = torch.full((8, 3), PADDING)
+    ids_NW[3], ids_NW[7] = torch.tensor([6, 5, 0]), torch.tensor([2, 1, 4])
+    hard_NW = torch.zeros(8, 3, dtype=torch.bool)
+    hard_NW[[3, 7], 1:] = True
+    neighbors = Neighbors(ids_NW, torch.zeros(8, 3), torch.ones(8))
+    window = Window(hard_NW, torch.zeros_like(hard_NW))
+    tied = tie_lone_rows(edges, neighbors, window, n_entries=1)
+    pairs = list(zip(tied.source_E.tolist(), tied.target_E.tolist(), tied.weight_E.tolist(), strict=True))
+    assert pairs == [(0, 1, 1), (0, 2, 1), (1, 2, 1), (1, 7, 0.25), (3, 5, 0.25), (4, 5, 1), (4, 6, 1), (5, 6, 1)]
+    both = tie_lone_rows(edges, neighbors, window, n_entries=2)
+    assert {(0, 3), (4, 7)} == set(zip(both.source_E.tolist(), both.target_E.tolist(), strict=True)) - {
+        pair[:2] for pair in pairs
+    }
+    part_N = torch.tensor([0, 0, 0, HOMELESS, 1, 1, 1, HOMELESS])
+    clusters = cut_clusters(tied, part_N, cluster_size=4, seed=0)
+    assert [sorted(ids_K) for ids_K in clusters.ids_CK.tolist()] == [[0, 1, 2, 7], [3, 4, 5, 6]]
+
+
+def test_most_rows_without_a_mutual_edge_share_a_cluster_with_a_hard_one() -> None:
+    rng = np.random.default_rng(0)
+    topic = rng.normal(size=(40, 16))[rng.integers(0, 40, 1200)]
+    query, target = (topic + rng.normal(size=topic.shape) for _ in range(2))
+    mined = mine(query, target, settings=MiningSettings(first_rank=5, n_ranks=20, cluster_size=8, backend="cpu"))
+    alone_N = ~mined.edges.is_joined()
+    assert int(alone_N.sum()) > 100
+    filler_N = mined.is_filler()
+    cluster_N, hard = mined.clusters.cluster_of_row(), mined.window.hard_NW
+    near_NW = (cluster_N[mined.neighbors.ids_NW] == cluster_N[:, None]) & hard
+    near_N = near_NW.any(dim=1)
+    near_N[mined.neighbors.ids_NW[near_NW]] = True
+    assert torch.equal(filler_N, ~near_N)
+    assert float(filler_N[alone_N].float().mean()) < 0.2
 
 
 def test_louvain_and_swaps_keep_more_edges_than_the_recipe_of_the_paper() -> None:
@@ -279,9 +315,9 @@ def test_settings_that_nothing_reads_are_refused() -> None:
     MiningSettings(ranked="rows", label_share=0.5, per_task={"a": {"ranked": "labels"}}).check_used()
 
 
-def test_window_arcs_leave_out_missing_ranks() -> None:
+def test_arcs_leave_out_missing_ranks() -> None:
     neighbors = Neighbors(torch.tensor([[1, -1], [0, -1]]), torch.zeros(2, 2), torch.ones(2))
-    from_A, to_A = window_arcs(neighbors, rank_window(neighbors, MiningSettings(), first_rank=0, n_ranks=2))
+    ((from_A, to_A),) = arcs_by_tile(neighbors, rank_window(neighbors, MiningSettings(), first_rank=0, n_ranks=2))
     assert (from_A.tolist(), to_A.tolist()) == ([0, 1], [1, 0])
 
 

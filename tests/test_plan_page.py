@@ -27,8 +27,11 @@ EVIL = "</script><script>document.title='broken'</script><img src=x onerror=aler
 
 
 def _six_rows() -> MinedPlan:
-    """Clusters 0 1 2 and 3 4 5; row 0 prefers row 1's target (masked) and row 2's; row 3 prefers row 0's, far away."""
-    ids = torch.tensor([[1, 2], [0, 2], [1, 0], [0, 4], [5, 3], [4, 3]])
+    """Clusters 0 1 2 and 3 4 5, where nothing is hard for row 5.
+
+    Row 0 prefers row 1's target (masked) and row 2's; row 3 prefers row 0's, far away.
+    """
+    ids = torch.tensor([[1, 2], [0, 2], [1, 0], [0, 4], [5, 3], [4, 0]])
     scores = torch.tensor([[0.9, 0.8], [0.4, 0.3], [0.4, 0.3], [0.9, 0.2], [0.4, 0.3], [0.5, 0.3]])
     masked = torch.zeros(6, 2, dtype=torch.bool)
     masked[:, 0] = True
@@ -56,7 +59,7 @@ def test_figures_by_hand() -> None:
     clusters = found.clusters
     assert clusters.n_suspects_C.tolist() == [1, 0]
     assert clusters.n_masked_C.tolist() == [1, 0]
-    assert clusters.n_fillers_C.tolist() == [1, 1]
+    assert clusters.n_fillers_C.tolist() == [0, 1]
     assert clusters.cohesion_C.tolist() == pytest.approx([1 / 3, 1 / 3])
     (task,) = found.tasks
     assert task.beaten_R == pytest.approx([2 / 6, 1 / 6])

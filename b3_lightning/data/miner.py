@@ -258,7 +258,7 @@ def _tell(mined: MinedPlan) -> None:
     log.info("mined in %.1f s: %s", summary["seconds"], _in_words(summary))
     if mined.settings.communities != "none" and summary["n_fillers"] > summary["n_rows"] / 2:
         log.warning(
-            "%.0f%% of the rows have no edge inside their cluster: batches will be little harder than random ones. "
+            "%.0f%% of the rows have nothing hard in their cluster: batches will be little harder than random ones. "
             "Raise data.mining.n_ranks or set data.mining.edges=either; where a student mines, it may be too weak "
             "yet: raise remine.start_epoch",
             100 * summary["n_fillers"] / summary["n_rows"],

@@ -19,16 +19,12 @@ _ARCS_AT_ONCE = 2**23
 _TILE_ROWS = 2**16
 
 
-def window_arcs(neighbors: Neighbors, window: Window, touching_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The hard neighbours as (from_A, to_A), int64; only those that touch a row of ``touching_N`` (bool), if given."""
-    arcs = []
-    for from_A, to_A in _arcs_by_tile(neighbors, window):
-        keep_A = slice(None) if touching_N is None else touching_N[from_A] | touching_N[to_A]
-        arcs.append((from_A[keep_A], to_A[keep_A]))
-    return torch.cat([from_A for from_A, _ in arcs]), torch.cat([to_A for _, to_A in arcs])
+_ENTRY_WEIGHT = 0.25
+"""A one-sided window entry counts a quarter of an edge."""
 
 
-def _arcs_by_tile(neighbors: Neighbors, window: Window) -> Iterator[tuple[Tensor, Tensor]]:
+def arcs_by_tile(neighbors: Neighbors, window: Window) -> Iterator[tuple[Tensor, Tensor]]:
+    """The hard neighbours as (from_A, to_A), int64, of some rows after the other."""
     for start in range(0, len(neighbors), _TILE_ROWS):
         hard_QW = window.hard_NW[start : start + _TILE_ROWS]
         row_A, rank_A = hard_QW.nonzero(as_tuple=True)
@@ -47,7 +43,7 @@ def build_edges(neighbors: Neighbors, window: Window, *, kind: EdgeKind) -> Edge
     for first in range(0, n_rows, rows_a_part):
         # low * N + high names a pair in one int64, so that set operations are sorts (N < 3e9)
         codes = []
-        for from_A, to_A in _arcs_by_tile(neighbors, window):
+        for from_A, to_A in arcs_by_tile(neighbors, window):
             low_A = torch.minimum(from_A, to_A)
             here_A = (low_A >= first) & (low_A < first + rows_a_part)
             codes.append(low_A[here_A] * n_rows + torch.maximum(from_A, to_A)[here_A])
@@ -55,3 +51,21 @@ def build_edges(neighbors: Neighbors, window: Window, *, kind: EdgeKind) -> Edge
         pairs.append(pair_E[count_E == 2] if kind == "mutual" else pair_E)
     pair_E = torch.cat(pairs)
     return Edges(pair_E // n_rows, pair_E % n_rows, torch.ones_like(pair_E, dtype=torch.float32), n_rows)
+
+
+def tie_lone_rows(edges: Edges, neighbors: Neighbors, window: Window, *, n_entries: int) -> Edges:
+    """The edges, and for every row without one its first hard neighbours, at a quarter of an edge's weight.
+
+    With mutual edges alone a third of the rows may have none; so tied, they lie beside rows that are hard for them.
+    """
+    n_rows = len(neighbors)
+    codes = [edges.source_E * n_rows + edges.target_E]
+    for rows in (~edges.is_joined()).nonzero().flatten().split(_TILE_ROWS):
+        hard_QW = window.hard_NW[rows]
+        row_A, rank_A = (hard_QW & (hard_QW.cumsum(dim=1) <= n_entries)).nonzero(as_tuple=True)
+        from_A, to_A = rows[row_A], neighbors.ids_NW[rows[row_A], rank_A]
+        codes.append(torch.minimum(from_A, to_A) * n_rows + torch.maximum(from_A, to_A))
+    pair_E = torch.cat(codes).unique()
+    weight_E = torch.full_like(pair_E, _ENTRY_WEIGHT, dtype=torch.float32)
+    weight_E[torch.searchsorted(pair_E, codes[0])] = edges.weight_E
+    return Edges(pair_E // n_rows, pair_E % n_rows, weight_E, n_rows)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from b3_lightning.mining import cpu
 from b3_lightning.mining.backends import Backend, on_host
+from b3_lightning.mining.clusters import HOMELESS
 from b3_lightning.mining.communities import find_communities
 from b3_lightning.mining.groups import permutation
 from b3_lightning.mining.settings import MiningSettings
@@ -27,18 +28,20 @@ _FINER = 2.0
 
 
 def cut_into_parts(edges: Edges, communities: Communities, settings: MiningSettings, backend: Backend) -> Tensor:
-    """(N,) int64, numbered from 0: parts of about K rows each, within the communities.
+    """(N,) int64, numbered from 0: parts of about K rows each, within the communities; ``HOMELESS`` without an edge.
 
-    METIS's communities are such parts already; under ``none`` rows are dealt out at random.
+    METIS's communities are such parts already; under ``none`` all rows are dealt out at random.
     """
     device, n_parts = communities.label_N.device, math.ceil(edges.n_rows / settings.cluster_size)
-    if settings.communities == "metis":
-        return communities.label_N
     if settings.communities == "none":
         return permutation(edges.n_rows, settings.seed, device) * n_parts // edges.n_rows
-    if settings.cut == "louvain" and settings.communities != "kaminpar":
-        return louvain_parts(edges, communities, settings, backend)
-    return kaminpar_parts(edges, communities, n_parts=n_parts, seed=settings.seed)
+    if settings.communities == "metis":
+        part_N = communities.label_N
+    elif settings.cut == "louvain" and settings.communities != "kaminpar":
+        part_N = louvain_parts(edges, communities, settings, backend)
+    else:
+        part_N = kaminpar_parts(edges, communities, n_parts=n_parts, seed=settings.seed)
+    return torch.where(edges.is_joined(), part_N, HOMELESS)  # to a partitioner, such rows are mere weight
 
 
 def kaminpar_parts(edges: Edges, communities: Communities, *, n_parts: int, seed: int) -> Tensor:

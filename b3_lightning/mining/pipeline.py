@@ -19,7 +19,7 @@ from b3_lightning.mining.backends import Backend, choose_backend
 from b3_lightning.mining.batches import random_clusters
 from b3_lightning.mining.clusters import cut_clusters
 from b3_lightning.mining.communities import find_communities
-from b3_lightning.mining.edges import build_edges, window_arcs
+from b3_lightning.mining.edges import build_edges, tie_lone_rows
 from b3_lightning.mining.hardness import best_hardness, mean_hardness
 from b3_lightning.mining.labels import rank_labels
 from b3_lightning.mining.negatives import draw_negatives
@@ -228,10 +228,10 @@ def _mine_task(task: Task, search: Search) -> MinedPlan:
         communities = find_communities(edges, settings, backend)
     with timed("clusters"):
         part_N = cut_into_parts(edges, communities, settings, backend)
-        arcs = partial(window_arcs, neighbors, window)
-        clusters = cut_clusters(edges, part_N, arcs, embeddings, cluster_size=settings.cluster_size)
+        tied = tie_lone_rows(edges, neighbors, window, n_entries=2 * settings.cluster_size)
+        clusters = cut_clusters(tied, part_N, cluster_size=settings.cluster_size, seed=settings.seed)
     with timed("swaps"):
-        clusters = improve_by_swaps(clusters, edges, max_rounds=settings.swap_rounds)
+        clusters = improve_by_swaps(clusters, tied, max_rounds=settings.swap_rounds)
     with timed("negatives"):
         keys = [key_N.to(backend.device) for key_N in task.keys]
         negative_NH = draw_negatives(clusters, neighbors, window, keys, settings)

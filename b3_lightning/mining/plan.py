@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from b3_lightning.mining.batches import BatchPlan
+from b3_lightning.mining.edges import arcs_by_tile
 from b3_lightning.mining.ranks import RankChoice
 from b3_lightning.mining.settings import MiningSettings
 from b3_lightning.mining.store import check_sha256, sha256, write_atomic, write_json
@@ -85,6 +86,15 @@ class MinedPlan:
         n_most = int(masked_BW.sum(dim=1).max()) if len(ids_B) else 0
         return ids_BW[:, :n_most].contiguous()
 
+    def is_filler(self) -> Tensor:
+        """(N,) bool: no row of its cluster is a hard neighbour of it, and it is one of none of them."""
+        cluster_N = self.clusters.cluster_of_row()
+        filler_N = torch.ones(self.n_rows, dtype=torch.bool)
+        for from_A, to_A in arcs_by_tile(self.neighbors, self.window):
+            together_A = cluster_N[from_A] == cluster_N[to_A]
+            filler_N[torch.cat([from_A[together_A], to_A[together_A]])] = False
+        return filler_N
+
     def summary(self) -> dict[str, float]:
         """What was found: counts, ``kept_frac`` (edges whose two ends share a cluster), fillers, hardness, seconds."""
         return dict(self._summary)
@@ -100,7 +110,7 @@ class MinedPlan:
             "n_clusters": len(self.clusters),
             "kept_frac": len(kept) / max(1, len(self.edges)),
             "n_rows_without_edge": int((~self.edges.is_joined()).sum()),
-            "n_fillers": int((~kept.is_joined()).sum()),
+            "n_fillers": int(self.is_filler().sum()),
             "n_masked": int(self.window.masked_NW.sum()),
             "n_negatives_lacking": int((self.negative_NH == PADDING).sum()),
             **{f"hardness_{name}": value for name, value in self.hardness.items() if name != "batch_size"},

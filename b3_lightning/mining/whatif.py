@@ -25,7 +25,7 @@ from b3_lightning.mining.backends import choose_backend
 from b3_lightning.mining.batches import BatchPlan, random_clusters
 from b3_lightning.mining.clusters import cut_clusters
 from b3_lightning.mining.communities import find_communities
-from b3_lightning.mining.edges import build_edges, window_arcs
+from b3_lightning.mining.edges import build_edges, tie_lone_rows
 from b3_lightning.mining.groups import permutation
 from b3_lightning.mining.hardness import TEMPERATURE
 from b3_lightning.mining.neighbors import Progress, positive_scores
@@ -225,15 +225,15 @@ def _cuts(
     for choice in windows:
         window = task.window(here, settings, choice)
         edges = build_edges(here, window, kind="either" if choice.labels else settings.edges)
-        arcs = partial(window_arcs, here, window)
         communities = None
         for size in (size for size in questions.cluster_sizes if size <= len(task.ids)):
             sized = replace(settings, cluster_size=size)
             if communities is None or settings.communities == "metis":  # whose communities are clusters of about K
                 communities = find_communities(edges, sized, backend)
             part_N = cut_into_parts(edges, communities, sized, backend)
-            cut = cut_clusters(edges, part_N, arcs, task.embeddings, cluster_size=size)
-            clusters = improve_by_swaps(cut, edges, max_rounds=settings.swap_rounds)
+            tied = tie_lone_rows(edges, here, window, n_entries=2 * size)
+            cut = cut_clusters(tied, part_N, cluster_size=size, seed=settings.seed)
+            clusters = improve_by_swaps(cut, tied, max_rounds=settings.swap_rounds)
             kept = len(edges.within(clusters.cluster_of_row())) / max(1, len(edges))
             yield choice, host(window), host(clusters), kept
 

@@ -74,7 +74,7 @@ class TaskFigures:
 
 @dataclass(frozen=True)
 class PlanFigures:
-    """All that the page shows; ``filler_N`` (bool) marks rows without an edge inside their cluster."""
+    """All that the page shows; ``filler_N`` (bool) marks rows that no row of their cluster is hard for."""
 
     tasks: list[TaskFigures]
     clusters: ClusterFigures
@@ -88,7 +88,7 @@ class PlanFigures:
         cluster_N = mined.clusters.cluster_of_row()
         suspects = _find_suspects(mined, cluster_N)
         kept = mined.edges.within(cluster_N)
-        filler_N = ~kept.is_joined()
+        filler_N = mined.is_filler()
         n_clusters = len(mined.clusters)
         size_C = (mined.clusters.ids_CK != PADDING).sum(dim=1)
         of_P = cluster_N[suspects.row_P]

@@ -18,7 +18,7 @@ _MEANING = {
     "n_clusters": "clusters cut from them",
     "kept_frac": "share of edges whose two ends share a cluster (higher: harder batches)",
     "n_rows_without_edge": "rows with no edge at all",
-    "n_fillers": "rows with no edge inside their cluster",
+    "n_fillers": "rows with nothing hard in their cluster",
     "n_masked": "ranked targets that are likely right too: before the window, or too similar",
     "n_negatives_lacking": "hard negatives that could not be drawn",
     "hardness_mined": "the teacher's mean InfoNCE loss in the mined batches",

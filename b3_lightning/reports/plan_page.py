@@ -67,13 +67,16 @@ def _overview(mined: MinedPlan, figures: PlanFigures) -> str:
     suspected = sum(task.n_suspected_rows for task in figures.tasks)
     values = {
         "Edges kept": (f"{summary['kept_frac']:.1%}", f"of {summary['n_edges']:,} lie inside a cluster"),
-        "Fillers": (_share(summary["n_fillers"], n_rows), f"{summary['n_fillers']:,} rows without an edge at home"),
+        "Fillers": (
+            _share(summary["n_fillers"], n_rows),
+            f"{summary['n_fillers']:,} rows with nothing hard in their cluster",
+        ),
         "Suspected": (_share(suspected, n_rows), f"{suspected:,} rows train against a target that beats their own"),
         "Masked": (f"{summary['n_masked'] / n_rows:.1f}", "targets a row, likely right, left out of the loss"),
         "Communities": (_count(summary["n_communities"]), f"cut into {summary['n_clusters']:,} clusters"),
         "No edge at all": (
             _share(summary["n_rows_without_edge"], n_rows),
-            f"{summary['n_rows_without_edge']:,} rows nobody finds hard",
+            f"{summary['n_rows_without_edge']:,} rows, placed by their own window alone",
         ),
     }
     return tiles(values) + _findings(mined, figures, suspected)
@@ -100,7 +103,7 @@ def _findings(mined: MinedPlan, figures: PlanFigures, suspected: int) -> str:
         said.append((True, f"{suspected:,} rows train {against}"))
     fillers = int(figures.filler_N.sum()) / mined.n_rows
     if fillers > 0.2:
-        said.append((False, f"{fillers:.0%} of the rows have no edge inside their cluster: a larger n_ranks, edges: "
+        said.append((False, f"{fillers:.0%} of the rows have nothing hard in their cluster: a larger n_ranks, edges: "
                             "either, or smaller clusters give them company."))  # fmt: skip
     items = "".join(
         f'<li class="{"fine" if fine else "look"}"><b>{"Fine" if fine else "Look"}</b><span>{escape(text)}</span></li>'
