@@ -52,13 +52,26 @@ class BestCheckpoint(MovableCheckpoint):
 
 
 class LastCheckpoint(MovableCheckpoint):
-    """Saves where a run is interrupted too, once it trains: before, there is nothing to go on with."""
+    """Saves where a run is interrupted too, once it trains: before, there is nothing to go on with.
+
+    Also where ``max_steps`` or ``max_time`` end it within an epoch: Lightning then counts the epoch as done, and from a
+    checkpoint of its end would never train on the rest.
+    """
 
     _trains = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._trains = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stops = trainer.should_stop and trainer.fit_loop._can_stop_early
+        ends = stops or trainer.global_step == trainer.max_steps
+        if ends and not trainer.is_last_batch:
+            # the save at the epoch's end leaves itself out, as the step is the same
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._trains:
@@ -68,18 +81,36 @@ class LastCheckpoint(MovableCheckpoint):
 class StepCheckpoint(MovableCheckpoint):
     """Saves every so many steps, but not where Lightning could not go on exactly.
 
-    Not after an epoch's last batch nor before a validation, which it would leave out, and not between two batches whose
-    gradients are added up, which it would lose; at an epoch's end another callback saves.
+    After a validation instead of before it, which would be left out; not between two batches whose gradients are added
+    up, which it would lose; and not after an epoch's last batch: at an epoch's end another callback saves.
     """
+
+    _waits = False
+    """For the validation that follows this step."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._waits = False
         within_step = (batch_idx + 1) % trainer.accumulate_grad_batches
-        every = trainer.val_check_batch
-        validates = isinstance(every, int) and (batch_idx + 1) % every == 0
-        if not trainer.is_last_batch and not within_step and not validates:
+        if trainer.is_last_batch or within_step:
+            return
+        if _validates_after(trainer, batch_idx):
+            self._waits = trainer.global_step % self._every_n_train_steps == 0
+        else:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._waits:
+            self._waits = False
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def _validates_after(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether a validation follows this batch; batches are counted over epochs without ``check_val_every_n_epoch``."""
+    every = trainer.val_check_batch
+    counted = batch_idx if trainer.check_val_every_n_epoch is not None else trainer.fit_loop.epoch_loop.total_batch_idx
+    return isinstance(every, int) and (counted + 1) % every == 0
 
 
 class CheckedCheckpointIO(TorchCheckpointIO):

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from conftest import Run, losses
 from b3_lightning.checkpoints import BestCheckpoint, CheckedCheckpointIO
 from b3_lightning.cli import main
 from b3_lightning.data.sampler import EpochBatches
+from b3_lightning.model import ContrastiveModule
 
 KILLED = """
 import os, signal, sys
@@ -92,6 +94,77 @@ def test_a_run_killed_in_an_epoch_goes_on_to_the_same_losses(
     found, expected = losses(folder), losses(whole)
     assert sorted(found) == list(range(goes_on_at, 18))
     assert found == {step: loss for step, loss in expected.items() if step >= goes_on_at}
+
+
+def _constant(folder: Path, shapes: Path, model: str, *settings: str) -> list[str]:
+    """On random batches at one rate, whatever the number of steps."""
+    about = ["--data.batches=random", "--remine.enabled=false", "--model.optim={schedule: constant, warmup_frac: 0.0}"]
+    return [*_command(folder, shapes, model), *about, *settings]
+
+
+def test_what_max_steps_leaves_of_an_epoch_is_trained_on_later(
+    shapes: Path, models: dict[str, str], tmp_path: Path
+) -> None:
+    main(_constant(tmp_path / "whole", shapes, models["bert"], "--trainer.max_epochs=2"))
+    part = _constant(tmp_path / "part", shapes, models["bert"], "--trainer.max_epochs=2")
+    main([*part, "--trainer.max_steps=3"])
+    main([*part, f"--ckpt_path={tmp_path / 'part' / 'checkpoints' / 'last.ckpt'}"])
+    found, expected = losses(tmp_path / "part"), losses(tmp_path / "whole")
+    assert sorted(found) == list(range(3, 12))
+    assert found == {step: loss for step, loss in expected.items() if step >= 3}
+
+
+def _validations(run: Path) -> dict[int, str]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return {int(row["step"]): row["val/mrr"] for row in csv.DictReader(file) if row.get("val/mrr")}
+
+
+def test_steps_that_validate_are_saved_once_they_have(
+    shapes: Path, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    write = CheckedCheckpointIO.save_checkpoint
+
+    def save(self: CheckedCheckpointIO, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        write(self, checkpoint, path, storage_options)
+        if Path(path).name == "last.ckpt":
+            saved.append(checkpoint["global_step"])
+            shutil.copy(path, tmp_path / f"{checkpoint['global_step']}.ckpt")
+
+    every = [
+        "--trainer.val_check_interval=4", "--trainer.check_val_every_n_epoch=null", "--run.checkpoint_every_n_steps=4"
+    ]  # fmt: skip
+    command = _constant(tmp_path / "run", shapes, models["bert"], *every)
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckedCheckpointIO, "save_checkpoint", save)
+        main(command)
+    assert sorted(set(saved)) == [4, 6, 8, 12, 16, 18]
+    expected = _validations(tmp_path / "run")
+    assert sorted(expected) == [3, 7, 11, 15]
+    (tmp_path / "8.ckpt").rename(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    main([*command, f"--ckpt_path={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"])
+    assert sorted(losses(tmp_path / "run")) == list(range(8, 18))
+    assert _validations(tmp_path / "run") == {step: value for step, value in expected.items() if step > 7}
+
+
+def test_steps_are_counted_on_after_an_interrupt_in_one_that_validates(
+    shapes: Path, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = _constant(tmp_path / "run", shapes, models["bert"], "--trainer.val_check_interval=2")
+    step = ContrastiveModule.training_step
+
+    def until(self: ContrastiveModule, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        if self.trainer.global_step == 9:  # the 4th of an epoch, after which validation is due
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ContrastiveModule, "training_step", until)
+        with pytest.raises(SystemExit):
+            main(command)
+    main([*command, f"--ckpt_path={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"])
+    assert sorted(losses(tmp_path / "run")) == list(range(9, 18))
+    assert sorted(_validations(tmp_path / "run")) == [9, 11, 13, 15, 17]
 
 
 def test_a_run_that_was_moved_keeps_its_best_and_goes_on_as_the_settings_say(

@@ -188,6 +188,8 @@ class ContrastiveModule(L.LightningModule):
                 model.require_backward_grad_sync = False
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # what loggers call the step: after an interrupt in a step that validates, Lightning counts one too many
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
         # what dropout draws depends on the step alone, so that a resumed run repeats it; each process draws its own
         if self._seed is None:
             self._seed = torch.initial_seed() % 2**32
