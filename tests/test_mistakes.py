@@ -148,6 +148,20 @@ data:
             ["--data.train_pairs=half.csv"],
             "the query is null or empty in .* .it has no column 'qry', only .*'question'",
         ),
+        (["--data.mining.seed=3000000000"], "seed=3000000000 must be below 2.31"),
+        (
+            ["--data.mining.n_negatives=1", "--data.mining.random_negatives=0.5"],
+            "random_negatives=0.5 of data.mining.n_negatives=1 is less than one: set it above 0.5, or to 0",
+        ),
+        (
+            ["--data.train_pairs={path: pairs.csv, weight: 0.2}", "--data.batches=random"],
+            "an epoch offers fewer rows of any task than data.batch_size=16, by the weights of data.train_pairs",
+        ),
+        (
+            ["--trainer.val_check_interval=500"],
+            "trainer.val_check_interval=500 is more than the 2 batches of an epoch: set it to at most 2, or .*=null",
+        ),
+        (["--data.val_pairs=[]"], "no pairs file was given: name one, or leave the setting out"),
         (["--data.mining.per-task.OK-VQA.first_rank=0"], "per_task names unknown tasks .'OK-VQA'."),
     ],
 )
@@ -343,14 +357,19 @@ def test_vectors_in_another_order_are_told(tmp_path: Path, caplog: pytest.LogCap
 
 @pytest.mark.usefixtures("told")
 def test_batches_that_are_hardly_harder_than_random_ones_are_told(caplog: pytest.LogCaptureFixture) -> None:
-    mine = ["mine", "--config=config.yaml", "--data.mining.n_ranks=1"]
-    main([*mine, "--output=loose"])
-    assert _holds(caplog.text, r"WARNING .*\d+% of the rows have no edge .* Raise data.mining.n_ranks or .*start_epoch")
-    for kind in ("n_ranks=30", "communities=none"):
+    rng = np.random.default_rng(0)
+    for name, spread in (("topics", 0.3), ("noise", 100.0)):
+        np.save(f"{name}.npy", rng.normal(size=(5, 8))[np.arange(40) % 5] + spread * rng.normal(size=(2, 40, 8)))
+    mine = ["mine", "--config=config.yaml", "--data.mining={first_rank: 0, n_ranks: 6, cluster_size: 8}"]
+    main([*mine, "--data.teacher=noise.npy", "--data.mining.min_score=1.5", "--output=loose"])
+    assert _holds(
+        caplog.text, r"WARNING .*The batches are 0% of the way .* Raise data.mining.n_ranks or .*start_epoch"
+    )
+    for teacher, kind in (("topics", "louvain"), ("noise", "none")):
         caplog.clear()
-        main([*mine, f"--data.mining.{kind}", f"--output={kind}"])
+        main([*mine, f"--data.teacher={teacher}.npy", f"--data.mining.communities={kind}", f"--output={kind}"])
         assert "mined in" in caplog.text
-        assert "no edge" not in caplog.text
+        assert "of the way" not in caplog.text
 
 
 @pytest.mark.parametrize("validated", [False, True])

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from b3_lightning.data.pairs import PairTable
+from b3_lightning.data.sampler import limited
 from b3_lightning.mining import MinedPlan, MiningSettings
-from b3_lightning.mining.batches import check_batch_size
+from b3_lightning.mining.batches import BatchPlan, check_batch_size
 from b3_lightning.mining.store import sha256
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,32 @@ def check_mining(mining: MiningSettings, pairs: PairTable, batch_size: int) -> N
     mining.check_used()
     mining.check_fits(len(pairs))
     mining.check_tasks(tuple(pairs.task_weights))
+
+
+def check_epochs(plan: BatchPlan, trainer: Any) -> None:
+    """Refuse epochs without a batch, at the first of which Lightning ends a run, and ones too short to validate in.
+
+    Args:
+        plan: of random batches, which are as many as mined ones.
+        trainer: where there is one.
+
+    Raises:
+        ValueError: naming the setting to be changed.
+    """
+    n_batches = plan.n_batches(0)
+    if n_batches == 0:
+        raise ValueError(
+            f"an epoch offers fewer rows of any task than data.batch_size={plan.batch_size}, by the weights "
+            "of data.train_pairs: raise the weights, or lower data.batch_size"
+        )
+    every = None if trainer is None else trainer.val_check_interval
+    if isinstance(every, int) and trainer.check_val_every_n_epoch is not None:
+        n_trained = limited(n_batches, trainer.limit_train_batches)
+        if every > n_trained:
+            raise ValueError(
+                f"trainer.val_check_interval={every} is more than the {n_trained} batches of an epoch: set it to at "
+                f"most {n_trained}, or --trainer.check_val_every_n_epoch=null, which counts batches on over epochs"
+            )
 
 
 def check_plan(folder: str, pairs: PairTable, fingerprint: str, batch_size: int | None) -> None:

@@ -143,7 +143,7 @@ class PairsDataModule(L.LightningDataModule):
         pairs, is_mined = self.pairs("train"), self.batches == "b3"
         if is_mined and self.plan_folder is None:
             self.check_mining()
-        BatchPlan(**self._random_plan(), mined_frac=self.mined_frac)
+        checks.check_epochs(BatchPlan(**self._random_plan(), mined_frac=self.mined_frac), self.trainer)
         count_negatives(pairs, self.n_file_negatives)
         if self.plan_folder is not None:
             checks.check_plan(self.plan_folder, pairs, self.fingerprint("train"), self.batch_size if is_mined else None)

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from b3_lightning.types import name_rows
 
@@ -29,11 +29,14 @@ def resolve(path: str, image_root: Path) -> Path:
 def load_image(path: str, image_root: Path, *, at_least: int | None = None) -> Image.Image:
     """Decode an image of any mode to RGB; transparent parts become white, 16 bits a channel become 8.
 
+    It is turned as its EXIF orientation says, as sentence-transformers turns what it is given.
+
     With ``at_least``, a JPEG may come smaller, by a power of 2, with sides of at least so many pixels: much faster.
     """
     with Image.open(resolve(path, image_root)) as image:
         if at_least is not None:
             image.draft("RGB", (at_least, at_least))
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):
             return Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8)).convert(
                 "RGB"

@@ -24,6 +24,7 @@ from b3_lightning.data.teacher import (
 )
 from b3_lightning.data.vectors import VECTOR_SUFFIXES, check_vectors
 from b3_lightning.mining import MinedPlan, MiningSettings, Processes, Stages, fingerprint, help_mine, mine
+from b3_lightning.mining.plan import LITTLE_OF_THE_WAY
 from b3_lightning.mining.store import sha256
 from b3_lightning.mining.whatif import Questions, TaskAnswer, what_if
 from b3_lightning.progress import StageProgress
@@ -256,11 +257,14 @@ def _tell(mined: MinedPlan) -> None:
     """Log what was mined, and warn where that is little more than random batches."""
     summary = mined.summary()
     log.info("mined in %.1f s: %s", summary["seconds"], _in_words(summary))
-    if mined.settings.communities != "none" and summary["n_fillers"] > summary["n_rows"] / 2:
+    way = mined.way_to_hardest()
+    if mined.settings.communities != "none" and way is not None and way < LITTLE_OF_THE_WAY:
         log.warning(
-            "%.0f%% of the rows have nothing hard in their cluster: batches will be little harder than random ones. "
+            "The batches are %.0f%% of the way from random ones to the hardest possible, so little harder than random "
+            "ones; %.0f%% of the rows have nothing hard in their cluster. "
             "Raise data.mining.n_ranks or set data.mining.edges=either; where a student mines, it may be too weak "
             "yet: raise remine.start_epoch",
+            100 * way,
             100 * summary["n_fillers"] / summary["n_rows"],
         )
 

@@ -178,7 +178,7 @@ def load_pairs(sources: str | PairSource | Sequence[str | PairSource], n_negativ
     """
     given = [sources] if isinstance(sources, str | PairSource) else list(sources)
     if not given:
-        raise ValueError("no pairs file was given; set data.train_pairs=FILE")
+        raise ValueError("no pairs file was given: name one, or leave the setting out")
     columns: dict[str, list[str]] = {name: [] for name in COLUMNS}
     tasks: list[str] = []
     negatives: list[list[Item]] = []

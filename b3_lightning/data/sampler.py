@@ -74,12 +74,16 @@ def random_batches(pairs: PairTable, batch_size: int, seed: int) -> dict[str, An
     }
 
 
+def limited(n_batches: int, limit: int | float) -> int:
+    """Batches of an epoch under Lightning's ``limit_train_batches``: so many, or such a share."""
+    return min(n_batches, limit) if isinstance(limit, int) else int(n_batches * limit)
+
+
 def count_steps(plan: BatchPlan, trainer: Any) -> int:
     """Optimiser steps of a whole run on such batches, without touching a loader."""
-    per_epoch = trainer.limit_train_batches
     counts = (plan.n_batches(epoch) for epoch in range(max(0, trainer.max_epochs or 0)))
-    limited = (min(n, per_epoch) if isinstance(per_epoch, int) else int(n * per_epoch) for n in counts)
-    steps = sum(-(-n // trainer.accumulate_grad_batches) for n in limited)
+    trained = (limited(n, trainer.limit_train_batches) for n in counts)
+    steps = sum(-(-n // trainer.accumulate_grad_batches) for n in trained)
     if trainer.max_steps > 0:
         return min(steps, trainer.max_steps) if steps else int(trainer.max_steps)
     return max(1, int(steps))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from b3_lightning.mining.approximate import find_neighbors_approximately
 from b3_lightning.mining.backends import Backend, choose_backend
-from b3_lightning.mining.batches import random_clusters
+from b3_lightning.mining.batches import BatchPlan, check_batch_size, random_clusters
 from b3_lightning.mining.clusters import cut_clusters
 from b3_lightning.mining.communities import find_communities
 from b3_lightning.mining.edges import build_edges, tie_lone_rows
@@ -62,7 +62,7 @@ def mine(
         settings: rank window, filters, cluster size, algorithms.
         target_keys: N values; rows with equal values hold the same target and are never each other's neighbours.
         query_keys: N values; rows with equal values ask the same, so each one's target is right for the other too.
-        groups: N values of your own with the same meaning; None marks a row that belongs to no group.
+        groups: N values of your own with the same meaning; None or NaN marks a row that belongs to no group.
         tasks: N values; rows of different tasks never meet.
         batch_size: given, the plan says how hard its batches are, against random and the best possible.
         stages: keeps finished tiles of neighbours, so that a killed run goes on, and shares them out over processes:
@@ -71,9 +71,14 @@ def mine(
 
     Raises:
         ValueError: on vectors that are not finite and non-zero, on disagreeing lengths, on fewer rows than
-            ``cluster_size`` or than the rank window needs, on approximate neighbours below ``min_recall``.
+            ``cluster_size`` or than the rank window needs, on a ``batch_size`` that is no multiple of ``cluster_size``
+            or more than a task has rows, on approximate neighbours below ``min_recall``.
     """
     rows = Rows.check(query_ND, target_ND, settings, target_keys, query_keys, groups, tasks)
+    if batch_size is not None:  # told before hours are spent
+        check_batch_size(batch_size, settings.cluster_size)
+        single = random_clusters(len(rows.task_N))
+        BatchPlan(single, batch_size=batch_size, seed=0, task_N=rows.task_N, task_names=rows.task_names)
     backend = choose_backend(settings)
     search = Search(replace(settings, backend=backend.name), backend, stages or Stages(), progress)
     parts = [(task.ids, _mine_task(task, search)) for task in rows.by_task()]
@@ -285,10 +290,15 @@ def _timed(stage: str, seconds: dict[str, float], progress: Progress | None) -> 
 
 
 def _codes(name: str, values: Any, n_rows: int) -> tuple[Tensor, list[Any]]:
-    """Codes in order of first appearance, and the distinct values; every None is a value of its own."""
+    """Codes in order of first appearance, and the distinct values; every None or NaN is a value of its own."""
     listed = values.tolist() if isinstance(values, Tensor | np.ndarray) else list(values)
     if len(listed) != n_rows:
         raise ValueError(f"{name} has {len(listed)} values for {n_rows} rows")
     codes: dict[Any, int] = {}
-    code_N = [codes.setdefault((row,) if value is None else value, len(codes)) for row, value in enumerate(listed)]
+    code_N = [codes.setdefault((row,) if _is_missing(value) else value, len(codes)) for row, value in enumerate(listed)]
     return torch.tensor(code_N, dtype=torch.int64), list(codes)
+
+
+def _is_missing(value: Any) -> bool:
+    """None, and what pandas and numpy put in its place; NaN alone would do for two NaN to be the same or not."""
+    return value is None or (not isinstance(value, str) and str(value) in ("nan", "NaT", "<NA>"))

@@ -24,6 +24,8 @@ from b3_lightning.mining.store import check_sha256, sha256, write_atomic, write_
 from b3_lightning.types import PADDING, Clusters, Communities, Edges, Neighbors, Window
 
 FORMAT_VERSION = 2
+LITTLE_OF_THE_WAY = 0.1
+"""From random batches to the hardest possible: no further, and mining buys little."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,16 @@ class MinedPlan:
             together_A = cluster_N[from_A] == cluster_N[to_A]
             filler_N[torch.cat([from_A[together_A], to_A[together_A]])] = False
         return filler_N
+
+    def way_to_hardest(self) -> float | None:
+        """How far the batches are from random ones (0) to the hardest possible (1); None where it was not measured.
+
+        0 too where they are easier than random ones, or where no window leads to harder ones.
+        """
+        if not self.hardness:
+            return None
+        whole, gone = (self.hardness[name] - self.hardness["random"] for name in ("best", "mined"))
+        return max(0.0, gone / whole) if whole > 0 else 0.0
 
     def summary(self) -> dict[str, float]:
         """What was found: counts, ``kept_frac`` (edges whose two ends share a cluster), fillers, hardness, seconds."""

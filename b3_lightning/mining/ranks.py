@@ -67,12 +67,17 @@ def _estimate(embeddings: Embeddings, keys: Sequence[Tensor], n_ranks: int, seed
     evidence_SW, reliable = _evidence(embeddings, keys, n_looked_at, seed)
     share_W = evidence_SW.double().mean(dim=0)
     by_chance = share_W[-max(1, n_looked_at // 4) :].mean()
-    width = min(_SMOOTHED, n_looked_at)
+    width = min(_SMOOTHED, max(1, n_looked_at // 4))
     smooth_W = (share_W - by_chance).unfold(0, width, 1).mean(dim=1)
     clean = (smooth_W < _SUSPICIOUS_SHARE).nonzero().flatten()
-    first_rank = int(clean[0]) if len(clean) else len(smooth_W)
+    first_rank = int(clean[0]) if len(clean) else n_looked_at
+    found = (
+        "from rank {} on fewer than {:.0%}"
+        if len(clean)
+        else "at all ranks below {}, the last looked at, {:.0%} or more"
+    )
     reason = (
-        f"from rank {first_rank} on fewer than {_SUSPICIOUS_SHARE:.0%} of {len(evidence_SW)} sampled queries have "
+        f"{found.format(first_rank, _SUSPICIOUS_SHARE)} of {len(evidence_SW)} sampled queries have "
         f"a target that is likely right too ({share_W[0]:.1%} at rank 0, {by_chance:.1%} by chance); the positive's "
         f"score {'counted as evidence' if reliable else 'was no evidence: it leads in less than half of the queries'}"
     )

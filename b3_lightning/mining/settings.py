@@ -140,6 +140,8 @@ class MiningSettings:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
+        if self.seed >= 2**31:
+            raise ValueError(f"seed={self.seed} must be below 2^31, which the partitioners stop at")
         for name in ("resolution", "threshold", "memory_budget_gib", "label_share"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
@@ -176,6 +178,11 @@ class MiningSettings:
                     f"data.mining.{setting.name}={value} is without effect with data.mining.{other}="
                     f"{getattr(self, other)}: change that, or leave {setting.name} at {setting.default}"
                 )
+        if self.random_negatives and self.n_negatives and round(self.random_negatives * self.n_negatives) == 0:
+            raise ValueError(
+                f"data.mining.random_negatives={self.random_negatives} of data.mining.n_negatives={self.n_negatives} "
+                f"is less than one: set it above {0.5 / self.n_negatives:g}, or to 0"
+            )
 
     def check_tasks(self, names: tuple[str, ...]) -> None:
         """Refuse values for tasks that do not exist."""

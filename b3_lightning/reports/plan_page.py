@@ -13,6 +13,7 @@ from torch import Tensor
 
 from b3_lightning.data import PairTable
 from b3_lightning.mining import MinedPlan
+from b3_lightning.mining.plan import LITTLE_OF_THE_WAY
 from b3_lightning.mining.store import write_text
 from b3_lightning.reports.cards import MOST_CHARACTERS, CardLimits, Cards, make_cards
 from b3_lightning.reports.figures import PlanFigures, TaskFigures
@@ -85,10 +86,11 @@ def _overview(mined: MinedPlan, figures: PlanFigures) -> str:
 def _findings(mined: MinedPlan, figures: PlanFigures, suspected: int) -> str:
     """What the figures mean, in sentences, each marked as fine or to be looked at."""
     said: list[tuple[bool, str]] = []
-    hardness = mined.hardness
-    if hardness and hardness["best"] > hardness["random"]:
-        way = (hardness["mined"] - hardness["random"]) / (hardness["best"] - hardness["random"])
-        said.append((way > 0.1, f"The batches are {way:.0%} of the way from random to the hardest possible."))
+    way = mined.way_to_hardest()
+    if way is not None:
+        said.append(
+            (way > LITTLE_OF_THE_WAY, f"The batches are {way:.0%} of the way from random to the hardest possible.")
+        )
     weak = [task for task in figures.tasks if task.leads < 0.5]
     if weak:
         named = ", ".join(f"{task.name} ({task.leads:.0%})" for task in weak[:4]) + (", ..." if len(weak) > 4 else "")

@@ -30,8 +30,8 @@ _ASSUMED = (
     "temperature 0.05, without the negatives that are suspected to be right (nearly identical to the row's own, or, "
     "where the teacher is good enough, above its positive). Equally hard batches need not train equally well: mined "
     "ones show the same few rows to each other, so very uniform or noisy sets gain less, and clusters that were more "
-    "than an eighth of their batch trained worse though harder, so none is advised. Compare with "
-    "--data.batches=random before a long run."
+    "than an eighth of their batch trained worse though harder, so none is advised where there is a smaller "
+    "one. Compare with --data.batches=random before a long run."
 )
 _HEAD = (
     "batches",
