@@ -9,6 +9,7 @@ import difflib
 import dis
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -68,10 +69,17 @@ def _misconfigured() -> tuple[type[Exception], ...]:
     return () if kind is None else (kind,)
 
 
+_OF_A_BLOCK = "Does not validate against any of the Union subtypes"
+"""So jsonargparse begins where a block of settings that may be left out refuses its values."""
+
+
 def told(error: Exception) -> str | None:
     """What to tell of an error in a line; None where it is a bug, whose traceback is wanted."""
     if isinstance(error, _loaded("torch", "OutOfMemoryError", ())):
         return f"{OUT_OF_MEMORY} ({str(error).splitlines()[0]})"
+    if isinstance(error, ValueError) and str(error).startswith(_OF_A_BLOCK):
+        causes: list[str] = re.findall(r"^  - (.*)", str(error), re.MULTILINE)
+        return next(cause for cause in causes if "Expected a" not in cause)
     return str(error) if isinstance(error, _misconfigured()) or _is_ours(error) else None
 
 

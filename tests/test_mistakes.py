@@ -148,6 +148,10 @@ data:
             ["--data.train_pairs=half.csv"],
             "the query is null or empty in .* .it has no column 'qry', only .*'question'",
         ),
+        (["--model.chunks.items=0"], "^error: chunks: items=0 and tokens=None must be above 0"),
+        (["--model.embedder="], "model.embedder is not set"),
+        (["--model.embedder={hidden_sizes: []}"], "hidden_sizes=.* must hold at least one"),
+        (["--trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches=0 must be at least 1"),
         (["--data.mining.seed=3000000000"], "seed=3000000000 must be below 2.31"),
         (
             ["--data.mining.n_negatives=1", "--data.mining.random_negatives=0.5"],
@@ -362,9 +366,7 @@ def test_batches_that_are_hardly_harder_than_random_ones_are_told(caplog: pytest
         np.save(f"{name}.npy", rng.normal(size=(5, 8))[np.arange(40) % 5] + spread * rng.normal(size=(2, 40, 8)))
     mine = ["mine", "--config=config.yaml", "--data.mining={first_rank: 0, n_ranks: 6, cluster_size: 8}"]
     main([*mine, "--data.teacher=noise.npy", "--data.mining.min_score=1.5", "--output=loose"])
-    assert _holds(
-        caplog.text, r"WARNING .*The batches are 0% of the way .* Raise data.mining.n_ranks or .*start_epoch"
-    )
+    assert _holds(caplog.text, r"WARNING .*The batches are 0% of the way .* Raise data.mining.n_ranks or .*start_epoch")
     for teacher, kind in (("topics", "louvain"), ("noise", "none")):
         caplog.clear()
         main([*mine, f"--data.teacher={teacher}.npy", f"--data.mining.communities={kind}", f"--output={kind}"])

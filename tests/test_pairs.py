@@ -106,6 +106,20 @@ def test_images_of_any_mode_become_rgb(mode: str, suffix: str, tmp_path: Path) -
     assert np.asarray(loaded).min() > 250
 
 
+@pytest.mark.parametrize("at_least", [None, 4])
+def test_photos_are_turned_as_their_exif_says(at_least: int | None, tmp_path: Path) -> None:
+    photo = Image.new("RGB", (40, 20), "white")
+    photo.paste("black", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    photo.save(tmp_path / "x.jpg", exif=exif)
+    loaded = np.asarray(load_image("x.jpg", tmp_path, at_least=at_least))
+    height = len(loaded) // 2
+    assert loaded.shape[0] == 2 * loaded.shape[1]
+    assert loaded[: height - 1].max() < 50
+    assert loaded[height + 1 :].min() > 200
+
+
 def test_what_is_transparent_becomes_white(tmp_path: Path) -> None:
     Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "x.png")
     assert load_image("x.png", tmp_path).getpixel((0, 0)) == (255, 255, 255)

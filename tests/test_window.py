@@ -59,6 +59,13 @@ def test_same_query_target_or_group_is_never_a_neighbour() -> None:
             assert targets[row] != targets[other]
             assert queries[row] != queries[other]
             assert groups[row] is None or groups[row] != groups[other]
+    missing = float("nan")  # the one that pandas puts in every such row
+    for values in ([missing if group is None else group for group in groups], np.array(groups, dtype=np.float64)):
+        same = mine(
+            vectors(n_rows), vectors(n_rows, seed=1),
+            settings=chosen, target_keys=targets, query_keys=queries, groups=values,
+        )  # fmt: skip
+        assert torch.equal(same.neighbors.ids_NW, mined.neighbors.ids_NW)
 
 
 def test_masked_ids_are_the_ranks_before_the_window() -> None:
@@ -133,6 +140,17 @@ def test_first_rank_auto_finds_where_planted_false_negatives_end() -> None:
     assert choice.suspicious[20] < 0.01
     clean = mine(rng.normal(size=(1800, 32)), rng.normal(size=(1800, 32)), settings=chosen).ranks["default"]
     assert clean.first_rank == 0
+
+
+def test_first_rank_auto_on_few_rows_and_where_no_rank_is_clean() -> None:
+    rng = np.random.default_rng(0)
+    chosen = MiningSettings(first_rank="auto", n_ranks=4, cluster_size=4)
+    for n_alike, expected in ((5, 4), (30, 6)):  # of 60 rows 6 ranks are looked at
+        topic = np.repeat(rng.normal(size=(60 // n_alike, 32)), n_alike, axis=0)
+        noise = 0.05 * rng.normal(size=(2, 60, 32))
+        choice = mine(topic + noise[0], topic + noise[1], settings=chosen).ranks["default"]
+        assert choice.first_rank == expected
+    assert "at all ranks below 6, the last looked at, 1% or more" in choice.reason
 
 
 def test_a_task_has_its_own_settings() -> None:

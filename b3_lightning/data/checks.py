@@ -41,7 +41,7 @@ def check_mining(mining: MiningSettings, pairs: PairTable, batch_size: int) -> N
 
 
 def check_epochs(plan: BatchPlan, trainer: Any) -> None:
-    """Refuse epochs without a batch, at the first of which Lightning ends a run, and ones too short to validate in.
+    """Refuse epochs without a batch, at the first of which Lightning ends a run, without a step, or a validation.
 
     Args:
         plan: of random batches, which are as many as mined ones.
@@ -56,6 +56,8 @@ def check_epochs(plan: BatchPlan, trainer: Any) -> None:
             f"an epoch offers fewer rows of any task than data.batch_size={plan.batch_size}, by the weights "
             "of data.train_pairs: raise the weights, or lower data.batch_size"
         )
+    if trainer is not None and trainer.accumulate_grad_batches < 1:
+        raise ValueError(f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be at least 1")
     every = None if trainer is None else trainer.val_check_interval
     if isinstance(every, int) and trainer.check_val_every_n_epoch is not None:
         n_trained = limited(n_batches, trainer.limit_train_batches)

@@ -26,6 +26,8 @@ _N_RANKS = 256
 _SMOOTHED = 8
 """Ranks averaged: with 1,000 queries, one rank alone is known to a third of a percent."""
 _SUSPICIOUS_SHARE = 0.01
+_MOST_BY_CHANCE = 0.5
+"""More at the last ranks looked at is no chance: likely right targets reach further."""
 _NEARLY_IDENTICAL = 0.2
 """Of the median distance (1 - cosine) between two rows drawn at random: a scale that fits any teacher."""
 _ROWS_PER_LABEL = 10
@@ -69,7 +71,7 @@ def _estimate(embeddings: Embeddings, keys: Sequence[Tensor], n_ranks: int, seed
     by_chance = share_W[-max(1, n_looked_at // 4) :].mean()
     width = min(_SMOOTHED, max(1, n_looked_at // 4))
     smooth_W = (share_W - by_chance).unfold(0, width, 1).mean(dim=1)
-    clean = (smooth_W < _SUSPICIOUS_SHARE).nonzero().flatten()
+    clean = ((smooth_W < _SUSPICIOUS_SHARE) & (by_chance <= _MOST_BY_CHANCE)).nonzero().flatten()
     first_rank = int(clean[0]) if len(clean) else n_looked_at
     found = (
         "from rank {} on fewer than {:.0%}"

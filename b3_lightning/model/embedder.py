@@ -35,6 +35,10 @@ class SmallEmbedder:
     image_size: int = 32
     vocabulary_size: int = 4096
 
+    def __post_init__(self) -> None:
+        if not self.hidden_sizes or min(self.hidden_sizes) < 1:
+            raise ValueError(f"hidden_sizes={self.hidden_sizes} must hold at least one number of channels, all above 0")
+
     def build(self, texts: Iterable[str]) -> SentenceTransformer:
         """Random weights (of torch's generator) and a vocabulary of ``texts``."""
         return self.assemble(_learn_subwords(texts, self.vocabulary_size))

@@ -104,7 +104,7 @@ class ContrastiveModule(L.LightningModule):
         check_strategy(strategy)
         if isinstance(strategy, FullyShardedStrategy):
             self._check_shardable()
-        if self.source is None:
+        if not self.source:
             raise ValueError("model.embedder is not set: name a model's folder or hub name, or a small architecture")
         if isinstance(self.source, SmallEmbedder):
             if self.lora is not None:
