@@ -195,6 +195,17 @@ def test_what_a_full_disk_or_a_kill_cut_off_is_left_out(tmp_path: Path) -> None:
     assert load_runs([str(folder)])[0].rows == run.rows  # resumed, and nothing logged since
 
 
+def test_steps_that_were_made_anew_count_as_they_came_then(tmp_path: Path) -> None:
+    folder = _run(tmp_path / "run", {"step": [1, 3, 5], "val/mrr": [0.25, 0.5, 0.75]}, {})
+    again: list[dict[str, list[float]]] = [{"step": [4], "val/mrr": [0.3]}, {"step": [3, 4], "val/mrr": [0.4, 0.2]}]
+    for start, values in enumerate(again):
+        keep_old_metrics(folder)
+        made = _run(tmp_path / str(start), values, {})
+        (made / "metrics.csv").rename(folder / "metrics.csv")
+    assert len(list(folder.glob("metrics-until-*.csv"))) == 2
+    assert [(row["step"], row["val/mrr"]) for row in read_csv_run(folder).rows] == [(1, 0.25), (3, 0.4), (4, 0.2)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

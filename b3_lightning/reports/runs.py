@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,14 +97,24 @@ def _load(given: str) -> Iterator[Run]:
         )
         raise FileNotFoundError(f"{given} {what}; name the folder of a run")
     parts = [read_offline_run(file) for file in files]
-    rows = [_numbers(row) for part in parts for row in part.history]
+    rows = _joined([_numbers(row) for row in part.history] for part in parts)
     yield Run(parts[-1].name, given, flat(parts[-1].config), rows, read_ranks(path))
+
+
+def _joined(parts: Iterable[list[dict[str, float]]]) -> list[dict[str, float]]:
+    """The rows of all starts of a run in their order, without steps that a later start made anew."""
+    rows: list[dict[str, float]] = []
+    for later in parts:
+        first = min((row["step"] for row in later if "step" in row), default=math.inf)
+        rows = [row for row in rows if row.get("step", -1.0) < first] + later
+    return rows
 
 
 def csv_parts(folder: Path) -> list[Path]:
     """What a run logged, a file for every time that it was started, in this order."""
     last = folder / "metrics.csv"
-    return [*sorted(folder.glob("metrics-until-*.csv")), *([last] if last.is_file() else [])]
+    earlier = sorted(folder.glob("metrics-until-*.csv"), key=lambda path: int(path.stem.rsplit("-", 1)[1]))
+    return [*earlier, *([last] if last.is_file() else [])]
 
 
 def read_csv_rows(path: Path) -> list[dict[str, float]]:
@@ -116,7 +127,7 @@ def read_csv_rows(path: Path) -> list[dict[str, float]]:
 
 def read_csv_run(folder: Path) -> Run:
     """A run by its folder's metrics.csv and those of earlier starts."""
-    rows = [row for part in csv_parts(folder) for row in read_csv_rows(part)]
+    rows = _joined(read_csv_rows(part) for part in csv_parts(folder))
     path = folder / "config.yaml"
     config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     return Run(folder.resolve().name, str(folder), flat(config or {}), rows, read_ranks(folder))
