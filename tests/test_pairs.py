@@ -106,6 +106,20 @@ def test_images_of_any_mode_become_rgb(mode: str, suffix: str, tmp_path: Path) -
     assert np.asarray(loaded).min() > 250
 
 
+def test_files_that_are_one_task_by_their_names_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    paths = []
+    for folder in ("faq", "shop"):
+        (tmp_path / folder).mkdir()
+        paths.append(str(_table(tmp_path / folder, qry=["a"], pos_text=["b"])))
+    assert len(set(load_pairs(paths).tasks)) == 1
+    assert "are one task, " in caplog.text
+    assert "faq" in caplog.text
+    caplog.clear()
+    load_pairs([PairSource(paths[0], task="faq"), PairSource(paths[1], task="shop")])
+    assert "are one task" not in caplog.text
+
+
 @pytest.mark.parametrize("at_least", [None, 4])
 def test_photos_are_turned_as_their_exif_says(at_least: int | None, tmp_path: Path) -> None:
     photo = Image.new("RGB", (40, 20), "white")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +67,18 @@ def test_same_query_target_or_group_is_never_a_neighbour() -> None:
             settings=chosen, target_keys=targets, query_keys=queries, groups=values,
         )  # fmt: skip
         assert torch.equal(same.neighbors.ids_NW, mined.neighbors.ids_NW)
+
+
+@pytest.mark.parametrize("negatives_of", ["row", "cluster"])
+def test_no_negative_has_a_target_that_is_masked_under_another_row(negatives_of: Any) -> None:
+    key = np.arange(90) // 3
+    target = vectors(30, seed=1)[key]
+    chosen = MiningSettings(first_rank=4, n_ranks=30, cluster_size=4, n_negatives=4, negatives_of=negatives_of)
+    mined = mine(vectors(90), target, settings=chosen, target_keys=key)
+    masked = [set(key[ids[ids >= 0].numpy()]) for ids in mined.masked_ids(torch.arange(90))]
+    drawn = [set(key[ids[ids >= 0].numpy()]) for ids in mined.negative_NH]
+    assert not any(one & other for one, other in zip(masked, drawn, strict=True))
+    assert sum(map(len, drawn)) > 200
 
 
 def test_masked_ids_are_the_ranks_before_the_window() -> None:

@@ -200,7 +200,20 @@ def load_pairs(sources: str | PairSource | Sequence[str | PairSource], n_negativ
         tasks += [task] * len(read["qry"])
         prompts["query"] += [source.query_prompt] * len(read["qry"])
         prompts["target"] += [source.target_prompt] * len(read["qry"])
+    _tell_joined(given)
     return PairTable(columns, tasks, weights, negatives, counts, prompts)
+
+
+def _tell_joined(given: Sequence[str | PairSource]) -> None:
+    """Tell of files in several folders that are one task by their name alone."""
+    paths: dict[str, list[str]] = {}
+    for entry in given:
+        source = PairSource(entry) if isinstance(entry, str) else entry
+        if source.task is None:
+            paths.setdefault(source.name, []).append(source.path)
+    for name, same in paths.items():
+        if len(same) > 1:
+            log.info("%s are one task, %r, by their names; {path: ..., task: ...} gives each its own", same, name)
 
 
 def _without_image_tokens(table: pa.Table, source: PairSource) -> pa.Table:

@@ -90,7 +90,8 @@ class _Group:
     def allowed(self, code_P: Tensor) -> Tensor:
         """The candidates that are surely no positive of any row of the group and not in its cluster."""
         group_P, row_P = code_P // self._n_rows, code_P % self._n_rows
-        ok_P = (self._cluster_N[row_P] != self._cluster_G[group_P]) & ~torch.isin(code_P, self._masked_P)
+        masked_P = torch.isin(self.targets(code_P), self.targets(self._masked_P))  # by whatever row the target is named
+        ok_P = (self._cluster_N[row_P] != self._cluster_G[group_P]) & ~masked_P
         for key_N in self._keys:
             n_keys = int(key_N.max()) + 1
             own_GK = key_N[self._part_GK.clamp(min=0)].masked_fill(self._part_GK == PADDING, PADDING)
