@@ -31,6 +31,7 @@ class BatchPlan:
         carried: the rows that the older plan left over; they come first.
         mined_frac: epoch -> the share of clusters that is kept from then on; the rows of the others, another share each
             epoch, are dealt at random, and nearly all batches hold either mined or random clusters. 1 before the first.
+            It is a share of a pass over the task, mined batches first, and changes where one begins.
 
     Raises:
         ValueError: where B is no multiple of K, or exceeds the rows of a task, or a share lies outside 0 to 1.
