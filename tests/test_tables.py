@@ -80,6 +80,12 @@ def test_what_looks_like_a_date_is_a_text(tmp_path: Path) -> None:
     assert read_file(path).to_pylist() == rows
 
 
+def test_a_column_that_stands_there_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "twice.csv").write_text("qry,qry,pos_text\na,b,c\n")
+    with pytest.raises(ValueError, match=r"twice.csv has more than one column \['qry'\]; rename or leave out all but"):
+        read_file(tmp_path / "twice.csv")
+
+
 def test_parts_of_one_table_have_the_same_columns(tmp_path: Path) -> None:
     pq.write_table(TABLE, tmp_path / "train-00000-of-00002.parquet")
     pq.write_table(TABLE.select(["id"]), tmp_path / "train-00001-of-00002.parquet")

@@ -146,6 +146,9 @@ def test_advice_prefers_hard_batches_that_are_not_full_of_suspects() -> None:
     part = replace(answer, n_rows=20_000)
     assert "would begin at 23 of the sample (about 92 of all rows), where" in advice(part, 64)[-1]
     assert "careful: 90%" in advice(TaskAnswer("t", 5000, 5000, False, 0.1, 0, (), random, mined[2:3]), 64)[1]
+    large = advice(TaskAnswer("t", 5000, 5000, False, 0.1, 0, (), random, [replace(mined[3], as_random=40.0)]), 64)
+    assert large[0].endswith("Mined batches of 64 are then no harder than random ones")
+    assert large[1].startswith("careful: clusters of 16 are more than an eighth of |B| = 64")
     assert "nothing to advise" in advice(answer, 48)[0]
     assert not any("mined batches of 1,024" in line or "instead of random batches of 16" in line for line in lines)
     weak = replace(answer, beaten=0.8)

@@ -74,7 +74,7 @@ def read_file(path: Path, columns: Sequence[str] | None = None, *, typed: bool =
 
     Raises:
         FileNotFoundError: where it is missing.
-        ValueError: where it is empty, truncated, of another kind than its name says, or lacks a column.
+        ValueError: where it is empty, truncated, of another kind than its name says, lacks a column or has one twice.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path} (looked from {Path.cwd()})")
@@ -86,6 +86,9 @@ def read_file(path: Path, columns: Sequence[str] | None = None, *, typed: bool =
         table = _read_csv(path, typed) if path.suffix == ".csv" else _READERS[path.suffix](path)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise unreadable(path, error) from error
+    twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{path} has more than one column {twice}; rename or leave out all but one")
     missing = [name for name in columns or () if name not in table.column_names]
     if missing:
         raise ValueError(f"{path} lacks the column(s) {missing}; it has {table.column_names}")

@@ -70,10 +70,16 @@ def advice(answer: TaskAnswer, batch_size: int) -> list[str]:
         return [
             f"no cluster size asked about divides |B| = {batch_size}, or the task has fewer rows: nothing to advise"
         ]
-    lines = [
-        f"advised: {_setting(answer, best)}. Mined batches of {batch_size} are then as hard as random ones of about "
-        f"{round(best.as_random):,}{' (all rows)' if best.as_random >= answer.n_sampled else ''}"
-    ]
+    alike = f"as hard as random ones of about {round(best.as_random):,}"
+    if best.as_random <= batch_size:
+        alike = "no harder than random ones"
+    all_rows = " (all rows)" if best.as_random >= answer.n_sampled else ""
+    lines = [f"advised: {_setting(answer, best)}. Mined batches of {batch_size} are then {alike}{all_rows}"]
+    if best.cluster_size > MOST_OF_BATCH * batch_size:
+        lines.append(
+            f"careful: clusters of {best.cluster_size} are more than an eighth of |B| = {batch_size}, and no smaller "
+            "ones were asked about"
+        )
     if best.suspected > MOST_SUSPECTED:
         lines.append(
             f"careful: {best.suspected:.0%} of the rows have a suspected false negative in their batch, and no "
