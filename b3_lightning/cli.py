@@ -79,7 +79,7 @@ def told(error: Exception) -> str | None:
         return f"{OUT_OF_MEMORY} ({str(error).splitlines()[0]})"
     if isinstance(error, ValueError) and str(error).startswith(_OF_A_BLOCK):
         causes: list[str] = re.findall(r"^  - (.*)", str(error), re.MULTILINE)
-        return next(cause for cause in causes if "Expected a" not in cause)
+        return next((cause for cause in causes if "Expected a" not in cause), None)
     return str(error) if isinstance(error, _misconfigured()) or _is_ours(error) else None
 
 

@@ -16,11 +16,10 @@ import numpy as np
 import torch
 
 from b3_lightning.mining.backends import CPU
-from b3_lightning.mining.clusters import cut_clusters
 from b3_lightning.mining.communities import find_communities
-from b3_lightning.mining.edges import build_edges, tie_lone_rows
+from b3_lightning.mining.edges import build_edges
 from b3_lightning.mining.neighbors import find_neighbors, positive_scores
-from b3_lightning.mining.parts import cut_into_parts
+from b3_lightning.mining.pipeline import cut_graph
 from b3_lightning.mining.settings import CommunityAlgorithm, Cut, MiningSettings
 from b3_lightning.mining.swaps import improve_by_swaps
 from b3_lightning.mining.window import rank_window
@@ -58,9 +57,7 @@ def measure(vectors: str, keys: str | None = None) -> list[str]:
             found = find_communities(edges, chosen, CPU)
             if algorithm == "metis":
                 rows.append(f"| {size} | paper | {_kept(edges, _repaired_at_random(found.label_N, size)):.3f} | | | |")
-            part_N = cut_into_parts(edges, found, chosen, CPU)
-            tied = tie_lone_rows(edges, neighbors, window, n_entries=2 * size)
-            cut = cut_clusters(tied, part_N, cluster_size=size, seed=chosen.seed)
+            cut, tied = cut_graph(edges, found, neighbors, window, chosen, CPU)
             middle = time.perf_counter()
             better = improve_by_swaps(cut, tied, max_rounds=N_SWAP_ROUNDS)
             shares = (_kept(edges, clusters.cluster_of_row()) for clusters in (cut, better))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import Run
@@ -222,10 +223,11 @@ def test_mine_writes_a_plan_that_fit_trains_on(fit: Run, models: dict[str, str],
     ]
     main(command)
     report = (output / "report.md").read_text()
-    assert "large" in report
-    assert "circle" in report
-    edges = MinedPlan.load(output).edges
-    assert f"| {len(edges)} | " in report.split("inside a cluster |")[1].splitlines()[2]
+    plan = MinedPlan.load(output)
+    texts = pq.read_table(shapes / "text-text.parquet")
+    for row in plan.clusters.ids_CK[0].tolist():  # whole, as "large red circle"
+        assert f"| {row} | {texts['qry'][row]} | {texts['pos_text'][row]} |" in report
+    assert f"| {len(plan.edges)} | " in report.split("inside a cluster |")[1].splitlines()[2]
     main([*command, f"--output={tmp_path / 'own'}", "--data.teacher=student"])
     assert MinedPlan.load(tmp_path / "own").n_rows == 96
     run = fit("text-text", *settings, f"--data.plan={output}")

@@ -212,7 +212,7 @@ def test_most_rows_without_a_mutual_edge_share_a_cluster_with_a_hard_one() -> No
     mined = mine(query, target, settings=MiningSettings(first_rank=5, n_ranks=20, cluster_size=8, backend="cpu"))
     alone_N = ~mined.edges.is_joined()
     assert int(alone_N.sum()) > 100
-    filler_N = mined.is_filler()
+    filler_N = mined.filler_N
     cluster_N, hard = mined.clusters.cluster_of_row(), mined.window.hard_NW
     near_NW = (cluster_N[mined.neighbors.ids_NW] == cluster_N[:, None]) & hard
     near_N = near_NW.any(dim=1)

@@ -120,7 +120,7 @@ def load_plan_of(in_use: Mapping[str, Any], run: str, given: str | None) -> Mine
     Raises:
         ValueError: where it is not there, or another one is.
     """
-    was_given = Path(in_use["folder"]).is_absolute()
+    was_given = _was_given(in_use)
     folder = Path(given) if was_given and given is not None else Path(run) / "plans" / in_use["folder"]
     if not (folder / "plan.json").is_file():
         how = "name it as --data.plan" if was_given else "set --run.dir to the run that it is of"
@@ -141,10 +141,14 @@ def tell_other_mining(here: Mapping[str, Any], state: Mapping[str, Any]) -> None
         here: what the run would mine with now.
         state: the data's in the checkpoint: ``plan`` is in use, ``mines`` is as ``here``.
     """
-    was_given = Path(state["plan"]["folder"]).is_absolute()
     differing = _differing(here, state["mines"])
-    if differing and not was_given:
+    if differing and not _was_given(state["plan"]):
         log.warning("%s: counts from the next time on that this run mines; the plan in use stays until then", differing)
+
+
+def _was_given(in_use: Mapping[str, Any]) -> bool:
+    """As ``data.plan``; what a run mined is named relative to its plans."""
+    return Path(in_use["folder"]).is_absolute()
 
 
 def _differing(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:

@@ -176,7 +176,8 @@ def load_pairs(sources: str | PairSource | Sequence[str | PairSource], n_negativ
         FileNotFoundError: where a path is neither a file, a dataset folder nor a hub name.
         ValueError: on an unknown format, a missing column, no rows, or rows with an empty side.
     """
-    given = [sources] if isinstance(sources, str | PairSource) else list(sources)
+    entries = [sources] if isinstance(sources, str | PairSource) else sources
+    given = [PairSource(entry) if isinstance(entry, str) else entry for entry in entries]
     if not given:
         raise ValueError("no pairs file was given: name one, or leave the setting out")
     columns: dict[str, list[str]] = {name: [] for name in COLUMNS}
@@ -185,8 +186,7 @@ def load_pairs(sources: str | PairSource | Sequence[str | PairSource], n_negativ
     counts: list[int] = []
     prompts: dict[str, list[str]] = {side: [] for side in TEXT_AND_IMAGE}
     weights: dict[str, float] = {}
-    for entry in given:
-        source = PairSource(entry) if isinstance(entry, str) else entry
+    for source in given:
         task = source.name
         if weights.setdefault(task, source.weight) != source.weight:
             raise ValueError(f"task {task!r} is given the weights {weights[task]} and {source.weight}; give it one")
@@ -204,11 +204,10 @@ def load_pairs(sources: str | PairSource | Sequence[str | PairSource], n_negativ
     return PairTable(columns, tasks, weights, negatives, counts, prompts)
 
 
-def _tell_joined(given: Sequence[str | PairSource]) -> None:
+def _tell_joined(given: Sequence[PairSource]) -> None:
     """Tell of files in several folders that are one task by their name alone."""
     paths: dict[str, list[str]] = {}
-    for entry in given:
-        source = PairSource(entry) if isinstance(entry, str) else entry
+    for source in given:
         if source.task is None:
             paths.setdefault(source.name, []).append(source.path)
     for name, same in paths.items():

@@ -41,12 +41,10 @@ def build_edges(neighbors: Neighbors, window: Window, *, kind: EdgeKind) -> Edge
     rows_a_part = math.ceil(n_rows / n_parts)
     pairs = []
     for first in range(0, n_rows, rows_a_part):
-        # low * N + high names a pair in one int64, so that set operations are sorts (N < 3e9)
         codes = []
         for from_A, to_A in arcs_by_tile(neighbors, window):
-            low_A = torch.minimum(from_A, to_A)
-            here_A = (low_A >= first) & (low_A < first + rows_a_part)
-            codes.append(low_A[here_A] * n_rows + torch.maximum(from_A, to_A)[here_A])
+            code_A = _pair_codes(from_A, to_A, n_rows)
+            codes.append(code_A[(code_A >= first * n_rows) & (code_A < (first + rows_a_part) * n_rows)])
         pair_E, count_E = torch.cat(codes).unique(return_counts=True)
         pairs.append(pair_E[count_E == 2] if kind == "mutual" else pair_E)
     pair_E = torch.cat(pairs)
@@ -59,13 +57,18 @@ def tie_lone_rows(edges: Edges, neighbors: Neighbors, window: Window, *, n_entri
     With mutual edges alone a third of the rows may have none; so tied, they lie beside rows that are hard for them.
     """
     n_rows = len(neighbors)
-    codes = [edges.source_E * n_rows + edges.target_E]
+    codes = [_pair_codes(edges.source_E, edges.target_E, n_rows)]
     for rows in (~edges.is_joined()).nonzero().flatten().split(_TILE_ROWS):
         hard_QW = window.hard_NW[rows]
         row_A, rank_A = (hard_QW & (hard_QW.cumsum(dim=1) <= n_entries)).nonzero(as_tuple=True)
         from_A, to_A = rows[row_A], neighbors.ids_NW[rows[row_A], rank_A]
-        codes.append(torch.minimum(from_A, to_A) * n_rows + torch.maximum(from_A, to_A))
+        codes.append(_pair_codes(from_A, to_A, n_rows))
     pair_E = torch.cat(codes).unique()
     weight_E = torch.full_like(pair_E, _ENTRY_WEIGHT, dtype=torch.float32)
     weight_E[torch.searchsorted(pair_E, codes[0])] = edges.weight_E
     return Edges(pair_E // n_rows, pair_E % n_rows, weight_E, n_rows)
+
+
+def _pair_codes(from_A: Tensor, to_A: Tensor, n_rows: int) -> Tensor:
+    """low * N + high: a pair in one int64, so that set operations are sorts (N < 3e9)."""
+    return torch.minimum(from_A, to_A) * n_rows + torch.maximum(from_A, to_A)

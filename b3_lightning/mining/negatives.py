@@ -37,7 +37,7 @@ def draw_negatives(
     groups_GK = (
         clusters.ids_CK if settings.negatives_of == "cluster" else torch.arange(len(neighbors), device=device)[:, None]
     )
-    n_random = round(settings.random_negatives * settings.n_negatives)
+    n_random = settings.n_random_negatives
     n_hard = settings.n_negatives - n_random
     generator = torch.Generator().manual_seed(settings.seed)
     cluster_N = clusters.cluster_of_row()

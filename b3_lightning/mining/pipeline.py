@@ -32,7 +32,7 @@ from b3_lightning.mining.settings import MiningSettings
 from b3_lightning.mining.stages import Stage, Stages, fingerprint
 from b3_lightning.mining.swaps import improve_by_swaps
 from b3_lightning.mining.window import rank_window
-from b3_lightning.types import Embeddings, Neighbors, Window, to_device
+from b3_lightning.types import Clusters, Communities, Edges, Embeddings, Neighbors, Window, to_device
 
 log = logging.getLogger(__name__)
 
@@ -232,9 +232,7 @@ def _mine_task(task: Task, search: Search) -> MinedPlan:
     with timed("communities"):
         communities = find_communities(edges, settings, backend)
     with timed("clusters"):
-        part_N = cut_into_parts(edges, communities, settings, backend)
-        tied = tie_lone_rows(edges, neighbors, window, n_entries=2 * settings.cluster_size)
-        clusters = cut_clusters(tied, part_N, cluster_size=settings.cluster_size, seed=settings.seed)
+        clusters, tied = cut_graph(edges, communities, neighbors, window, settings, backend)
     with timed("swaps"):
         clusters = improve_by_swaps(clusters, tied, max_rounds=settings.swap_rounds)
     with timed("negatives"):
@@ -254,6 +252,20 @@ def _mine_task(task: Task, search: Search) -> MinedPlan:
         ranks={task.name: choice},
         seconds=seconds,
     )
+
+
+def cut_graph(
+    edges: Edges,
+    communities: Communities,
+    neighbors: Neighbors,
+    window: Window,
+    settings: MiningSettings,
+    backend: Backend,
+) -> tuple[Clusters, Edges]:
+    """Clusters of exactly K; and the edges with the ties of rows that have none, which swaps go by."""
+    part_N = cut_into_parts(edges, communities, settings, backend)
+    tied = tie_lone_rows(edges, neighbors, window, n_entries=2 * settings.cluster_size)
+    return cut_clusters(tied, part_N, cluster_size=settings.cluster_size, seed=settings.seed), tied
 
 
 def _log_choice(task: str, n_rows: int, choice: RankChoice) -> None:

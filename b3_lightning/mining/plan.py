@@ -88,7 +88,8 @@ class MinedPlan:
         n_most = int(masked_BW.sum(dim=1).max()) if len(ids_B) else 0
         return ids_BW[:, :n_most].contiguous()
 
-    def is_filler(self) -> Tensor:
+    @cached_property
+    def filler_N(self) -> Tensor:
         """(N,) bool: no row of its cluster is a hard neighbour of it, and it is one of none of them."""
         cluster_N = self.clusters.cluster_of_row()
         filler_N = torch.ones(self.n_rows, dtype=torch.bool)
@@ -122,7 +123,7 @@ class MinedPlan:
             "n_clusters": len(self.clusters),
             "kept_frac": len(kept) / max(1, len(self.edges)),
             "n_rows_without_edge": int((~self.edges.is_joined()).sum()),
-            "n_fillers": int(self.is_filler().sum()),
+            "n_fillers": int(self.filler_N.sum()),
             "n_masked": int(self.window.masked_NW.sum()),
             "n_negatives_lacking": int((self.negative_NH == PADDING).sum()),
             **{f"hardness_{name}": value for name, value in self.hardness.items() if name != "batch_size"},

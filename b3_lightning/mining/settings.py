@@ -167,6 +167,11 @@ class MiningSettings:
             raise ValueError(f"per_task.{task} sets {', '.join(unknown)}; a task can have its own {', '.join(allowed)}")
         return replace(self, per_task={}, **own)
 
+    @property
+    def n_random_negatives(self) -> int:
+        """How many of a row's ``n_negatives`` are drawn from all rows."""
+        return round(self.random_negatives * self.n_negatives)
+
     def check_used(self) -> None:
         """Refuse a setting that was changed and that nothing reads, with any task's own values."""
         of_tasks = [self, *(self.of_task(task) for task in self.per_task)]
@@ -178,7 +183,7 @@ class MiningSettings:
                     f"data.mining.{setting.name}={value} is without effect with data.mining.{other}="
                     f"{getattr(self, other)}: change that, or leave {setting.name} at {setting.default}"
                 )
-        if self.random_negatives and self.n_negatives and round(self.random_negatives * self.n_negatives) == 0:
+        if self.random_negatives and self.n_negatives and self.n_random_negatives == 0:
             raise ValueError(
                 f"data.mining.random_negatives={self.random_negatives} of data.mining.n_negatives={self.n_negatives} "
                 f"is less than one: set it above {0.5 / self.n_negatives:g}, or to 0"

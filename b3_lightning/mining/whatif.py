@@ -23,14 +23,12 @@ from torch import Tensor
 from b3_lightning.mining.alike import left_out
 from b3_lightning.mining.backends import choose_backend
 from b3_lightning.mining.batches import BatchPlan, random_clusters
-from b3_lightning.mining.clusters import cut_clusters
 from b3_lightning.mining.communities import find_communities
-from b3_lightning.mining.edges import build_edges, tie_lone_rows
+from b3_lightning.mining.edges import build_edges
 from b3_lightning.mining.groups import permutation
 from b3_lightning.mining.hardness import TEMPERATURE
 from b3_lightning.mining.neighbors import Progress, positive_scores
-from b3_lightning.mining.parts import cut_into_parts
-from b3_lightning.mining.pipeline import Rows, Search, Task, Values
+from b3_lightning.mining.pipeline import Rows, Search, Task, Values, cut_graph
 from b3_lightning.mining.ranks import RankChoice, choose_ranks, near_distance
 from b3_lightning.mining.settings import MiningSettings
 from b3_lightning.mining.stages import Stages
@@ -230,9 +228,7 @@ def _cuts(
             sized = replace(settings, cluster_size=size)
             if communities is None or settings.communities == "metis":  # whose communities are clusters of about K
                 communities = find_communities(edges, sized, backend)
-            part_N = cut_into_parts(edges, communities, sized, backend)
-            tied = tie_lone_rows(edges, here, window, n_entries=2 * size)
-            cut = cut_clusters(tied, part_N, cluster_size=size, seed=settings.seed)
+            cut, tied = cut_graph(edges, communities, here, window, sized, backend)
             clusters = improve_by_swaps(cut, tied, max_rounds=settings.swap_rounds)
             kept = len(edges.within(clusters.cluster_of_row())) / max(1, len(edges))
             yield choice, host(window), host(clusters), kept

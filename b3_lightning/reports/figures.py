@@ -88,7 +88,7 @@ class PlanFigures:
         cluster_N = mined.clusters.cluster_of_row()
         suspects = _find_suspects(mined, cluster_N)
         kept = mined.edges.within(cluster_N)
-        filler_N = mined.is_filler()
+        filler_N = mined.filler_N
         n_clusters = len(mined.clusters)
         size_C = (mined.clusters.ids_CK != PADDING).sum(dim=1)
         of_P = cluster_N[suspects.row_P]
