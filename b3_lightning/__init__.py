@@ -4,9 +4,18 @@ pairs file -> ``data.pairs.PairTable`` -> teacher vectors -> ``mining.mine``: ne
 -> ``mining.BatchPlan`` -> ``data.PairsDataModule`` -> ``model.ContrastiveModule`` -> export, metrics.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from b3_lightning.lazy import attribute
+
+if TYPE_CHECKING:
+    from b3_lightning.data import PairsDataModule as PairsDataModule
+    from b3_lightning.data.trainer_sampler import B3BatchSampler as B3BatchSampler
+    from b3_lightning.mining import MinedPlan as MinedPlan
+    from b3_lightning.mining import MiningSettings as MiningSettings
+    from b3_lightning.mining import mine as mine
+    from b3_lightning.model import ContrastiveModule as ContrastiveModule
+    from b3_lightning.trainer import B3Trainer as B3Trainer
 
 __version__ = "0.1.0"
 
@@ -17,8 +26,18 @@ _LAZY = {
     "ContrastiveModule": "b3_lightning.model",
     "PairsDataModule": "b3_lightning.data",
     "B3BatchSampler": "b3_lightning.data.trainer_sampler",
+    "B3Trainer": "b3_lightning.trainer",
 }
-__all__ = ["__version__", *_LAZY]
+__all__ = [
+    "B3BatchSampler",
+    "B3Trainer",
+    "ContrastiveModule",
+    "MinedPlan",
+    "MiningSettings",
+    "PairsDataModule",
+    "__version__",
+    "mine",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -39,7 +39,7 @@ from b3_lightning.reports.compare import keep_old_metrics
 from b3_lightning.reports.outcome import print_outcome, print_scores
 from b3_lightning.reports.wandb_mode import WandbMode, has_wandb_key, is_offline
 from b3_lightning.terminal import quieten
-from b3_lightning.trainer import B3Trainer, wait_patiently
+from b3_lightning.trainer import LOADING, B3Trainer, wait_patiently
 from b3_lightning.verbs import VERBS
 
 DESCRIPTION = "Train embedding models on batches mined to be hard (B3)."
@@ -314,7 +314,7 @@ def run_lightning(args: list[str] | None) -> None:
             PairsDataModule,
             trainer_class=B3Trainer,
             parser_class=Parser,
-            trainer_defaults={"reload_dataloaders_every_n_epochs": 1, "use_distributed_sampler": False},
+            trainer_defaults=LOADING,
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=0,

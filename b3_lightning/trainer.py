@@ -18,6 +18,9 @@ from b3_lightning.mining.whatif import Questions
 from b3_lightning.model import ContrastiveModule
 from b3_lightning.reports.whatif import tell_what_if
 
+LOADING: dict[str, Any] = {"reload_dataloaders_every_n_epochs": 1, "use_distributed_sampler": False}
+"""Every epoch has batches of its own, and they come shared out over the processes."""
+
 
 def wait_patiently(strategy: Strategy) -> None:
     """Have the processes wait for each other as long as one may mine, where no other time was set."""
@@ -26,7 +29,16 @@ def wait_patiently(strategy: Strategy) -> None:
 
 
 class B3Trainer(L.Trainer):
-    """Lightning's Trainer, which also mines without training."""
+    """Lightning's Trainer, which also mines without training.
+
+    Its defaults let every epoch have batches of its own: ``reload_dataloaders_every_n_epochs=1`` and
+    ``use_distributed_sampler=False``, with which ``lightning.Trainer`` trains on mined batches too.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        for name, value in LOADING.items():
+            kwargs.setdefault(name, value)
+        super().__init__(**kwargs)
 
     def mine(self, model: ContrastiveModule, datamodule: PairsDataModule, output: str) -> MinedPlan | None:
         """Mine the training pairs into a plan and write it with a report.

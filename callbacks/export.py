@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 _MAGNITUDE = "lora_magnitude_vector"
 _PROMPT_NAMES = {"query": "query", "target": "document"}  # side -> sentence-transformers' name
+_VALIDATION = "validation"  # in a checkpoint: metric -> value
 _TAG = "tags:\n- b3_lightning\n"
 
 
@@ -39,6 +40,12 @@ class Export(Callback):
 
     def __init__(self, description: str = "", merge_adapter: bool = False) -> None:
         self.description, self.merge_adapter = description, merge_adapter
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the figures of the validation that a checkpoint is saved after, for the card of its export."""
+        checkpoint[_VALIDATION] = {
+            name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")
+        }
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -63,29 +70,28 @@ class Export(Callback):
         kept = keep_prompts(embedder, prompts)
         embedder.save_pretrained(str(temporary), create_model_card=False)
         _name_dora_weights(temporary)
-        card = self._card(trainer, best, told_prompts(prompts, kept))
+        if best is None:
+            self.on_save_checkpoint(trainer, pl_module, checkpoint)
+            checkpoint |= {"global_step": trainer.global_step}
+        card = self._card(checkpoint, best, told_prompts(prompts, kept))
         (temporary / "README.md").write_text(card, encoding="utf-8")
         _as_readable(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
         log.info("exported to %s", folder)
 
-    def _card(self, trainer: Trainer, best: str | None, prompts: str) -> str:
-        metrics = "\n".join(
-            f"| {name} | {float(value):.4f} |"
-            for name, value in sorted(trainer.callback_metrics.items())
-            if name.startswith("val/")
-        )
+    def _card(self, checkpoint: Mapping[str, Any], best: str | None, prompts: str) -> str:
+        metrics = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(checkpoint[_VALIDATION].items()))
         weights = f"best checkpoint `{Path(best).name}`" if best else "the last step"
         return (
             "---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n"
             f"{_TAG}---\n\n"
             "# Embedding model trained with b3_lightning\n\n"
-            f"Weights: {weights}; {trainer.global_step} optimiser steps, {trainer.current_epoch} epochs.\n\n"
+            f"Weights: {weights}, after {checkpoint['global_step']} optimiser steps.\n\n"
             "```python\nfrom sentence_transformers import SentenceTransformer\n\n"
             'model = SentenceTransformer("THIS_FOLDER")\nvectors = model.encode(["a text"])\n```\n\n'
             f"{prompts}## Training\n\n```yaml\n{self.description.strip()}\n```\n\n"
-            f"## Last validation\n\n| metric | value |\n|---|---|\n{metrics}\n"
+            f"## Validation\n\n| metric | value |\n|---|---|\n{metrics}\n"
         )
 
 

@@ -66,14 +66,8 @@ class Remine(Callback):
         """Is a new plan mined before this epoch?"""
         return self.enabled and epoch >= self.start_epoch and (epoch - self.start_epoch) % self.every_n_epochs == 0
 
-    def check(self, data: PairsDataModule, trainer: Trainer) -> None:
+    def check(self, data: PairsDataModule) -> None:
         """Refuse settings under which re-mining would be without effect, or a student would never mine."""
-        reload: int = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
-        if reload != 1:
-            raise ValueError(
-                f"trainer.reload_dataloaders_every_n_epochs={reload} would train "
-                "later epochs on the batches of the first; set it to 1"
-            )
         if data.batches == "b3" and not self.enabled and data.teacher == "student" and data.plan_folder is None:
             raise ValueError(
                 "data.teacher=student mines with the model in training, so it needs remine.enabled=true; "
@@ -93,7 +87,7 @@ class Remine(Callback):
         data = datamodule_of(trainer)
         if stage != "fit":
             return
-        self.check(data, trainer)
+        self.check(data)
         if data.batches != "b3":
             return
         if self.enabled:

@@ -27,7 +27,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize(("batch_size", "near"), [(10, "8 or 12"), (3, "4")])
 def test_a_plan_is_checked_by_its_own_clusters(batch_size: int, near: str, pairs: str, plan: str) -> None:
-    message = rf"data.plan=.* clusters of K=4 rows, and data.batch_size={batch_size} .* set data.batch_size to {near},"
+    message = rf"data.plan=.*: batch_size={batch_size} must be a multiple of cluster_size=4; nearest: {near}; or mine"
     with pytest.raises(ValueError, match=message):
         PairsDataModule(train_pairs=pairs, plan=plan, batch_size=batch_size).load("train")
 

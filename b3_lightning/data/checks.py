@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def check_mining(mining: MiningSettings, pairs: PairTable, batch_size: int) -> N
 
 
 def check_epochs(plan: BatchPlan, trainer: Any) -> None:
-    """Refuse epochs without a batch, at the first of which Lightning ends a run, without a step, or a validation.
+    """Refuse epochs that repeat the first, that have no batch, where Lightning ends a run, or none validated.
 
     Args:
         plan: of random batches, which are as many as mined ones.
@@ -50,6 +50,8 @@ def check_epochs(plan: BatchPlan, trainer: Any) -> None:
     Raises:
         ValueError: naming the setting to be changed.
     """
+    if trainer is not None:
+        _check_reloading(trainer)
     n_batches = plan.n_batches(0)
     if n_batches == 0:
         raise ValueError(
@@ -68,6 +70,30 @@ def check_epochs(plan: BatchPlan, trainer: Any) -> None:
             )
 
 
+def _check_reloading(trainer: Any) -> None:
+    """Every epoch has batches of its own, shared out already: Lightning must ask anew, and leave them alone."""
+    reload = trainer.reload_dataloaders_every_n_epochs
+    if reload != 1 and trainer.max_epochs != 1:
+        raise ValueError(
+            f"trainer.reload_dataloaders_every_n_epochs={reload} would train later epochs on the batches of the first; "
+            "set it to 1"
+        )
+    if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+        raise ValueError(
+            "trainer.use_distributed_sampler=True would share out batches among processes that are shared out already; "
+            "set it to False"
+        )
+
+
+def check_miner(batches: str, before_epoch: Sequence[object]) -> None:
+    """Refuse to begin with random batches where they are to be mined and nobody ever will."""
+    if batches == "b3" and not before_epoch:
+        raise ValueError(
+            "data.teacher=student mines with the model in training, so the trainer needs the callback "
+            "Remine(enabled=True); or name another teacher, or set data.batches=random"
+        )
+
+
 def check_plan(folder: str, pairs: PairTable, fingerprint: str, batch_size: int | None) -> None:
     """Refuse a plan of other pairs, or one whose clusters do not make whole batches.
 
@@ -80,14 +106,11 @@ def check_plan(folder: str, pairs: PairTable, fingerprint: str, batch_size: int 
     """
     plan = MinedPlan.load(folder)
     plan.check_rows(len(pairs), fingerprint)
-    size = plan.clusters.cluster_size
-    if batch_size is not None and batch_size % size:
-        above = batch_size - batch_size % size + size
-        near = f"{above - size} or {above}" if above > size else str(above)
-        raise ValueError(
-            f"data.plan={folder} was mined with clusters of K={size} rows, and data.batch_size={batch_size} is no "
-            f"multiple of it: set data.batch_size to {near}, or mine a plan with another data.mining.cluster_size"
-        )
+    if batch_size is not None:
+        try:
+            check_batch_size(batch_size, plan.clusters.cluster_size)
+        except ValueError as error:
+            raise ValueError(f"data.plan={folder}: {error}; or mine a plan with other clusters") from None
 
 
 def refuse_other(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:

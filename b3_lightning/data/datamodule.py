@@ -270,18 +270,13 @@ class PairsDataModule(L.LightningDataModule):
                 assert plan is not None, "there is none yet that could stay"
                 self.take_over(plan, epoch)
         if self._batch_plan is None:
+            checks.check_miner(self.batches, self.before_epoch)
             self._batch_plan = BatchPlan(**self._random_plan())
         if epoch > self._decided_epoch:
             for mine_if_due in self.before_epoch:
                 mine_if_due(epoch)
             self._decided_epoch = epoch
         return self._batch_plan
-
-    @property
-    def plan_epoch(self) -> int | None:
-        """The epoch from which on the mined plan is in use; None before the first."""
-        epoch: int | None = self._in_use.get("epoch")
-        return epoch
 
     def new_plan(self, epoch: int, request: MiningRequest) -> NewPlan | None:
         """Mine batches to be used from ``epoch`` on; None where the plan in use is what would be mined."""
