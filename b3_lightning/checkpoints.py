@@ -51,11 +51,26 @@ class BestCheckpoint(MovableCheckpoint):
     """Keeps the best by validation."""
 
 
-class LastCheckpoint(MovableCheckpoint):
+class _WithinEpoch(MovableCheckpoint):
+    """Saves within an epoch: after the validation that follows a step, which would be left out from before it."""
+
+    _waits = False
+    """For that validation."""
+
+    def _save(self, trainer: Trainer) -> None:
+        self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._waits:
+            self._waits = False
+            self._save(trainer)
+
+
+class LastCheckpoint(_WithinEpoch):
     """Saves where a run is interrupted too, once it trains: before, there is nothing to go on with.
 
-    Also where ``max_steps`` or ``max_time`` end it within an epoch: Lightning then counts the epoch as done, and from a
-    checkpoint of its end would never train on the rest.
+    Also where ``max_steps``, ``max_time`` or a callback such as EarlyStopping end it within an epoch: Lightning then
+    counts the epoch as done, and from a checkpoint of its end would never train on the rest.
     """
 
     _trains = False
@@ -67,26 +82,31 @@ class LastCheckpoint(MovableCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        # the save at the epoch's end leaves itself out where the step is the same
+        self._waits = self._ends_within_epoch(trainer) and _validates_after(trainer, batch_idx)
+        if self._ends_within_epoch(trainer) and not self._waits:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # what stops by a validation's result says so in there, and checkpoints come last
+        self._waits = self._waits or (self._trains and self._ends_within_epoch(trainer))
+        super().on_validation_end(trainer, pl_module)
+
+    def _ends_within_epoch(self, trainer: Trainer) -> bool:
         stops = trainer.should_stop and trainer.fit_loop._can_stop_early
-        ends = stops or trainer.global_step == trainer.max_steps
-        if ends and not trainer.is_last_batch:
-            # the save at the epoch's end leaves itself out, as the step is the same
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        return (stops or trainer.global_step == trainer.max_steps) and not trainer.is_last_batch
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._trains:
             super().on_exception(trainer, pl_module, exception)
 
 
-class StepCheckpoint(MovableCheckpoint):
+class StepCheckpoint(_WithinEpoch):
     """Saves every so many steps, but not where Lightning could not go on exactly.
 
-    After a validation instead of before it, which would be left out; not between two batches whose gradients are added
-    up, which it would lose; and not after an epoch's last batch: at an epoch's end another callback saves.
+    Not between two batches whose gradients are added up, which it would lose; and not after an epoch's last batch: at
+    an epoch's end another callback saves.
     """
-
-    _waits = False
-    """For the validation that follows this step."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -100,17 +120,15 @@ class StepCheckpoint(MovableCheckpoint):
         else:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._waits:
-            self._waits = False
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-
 
 def _validates_after(trainer: Trainer, batch_idx: int) -> bool:
     """Whether a validation follows this batch; batches are counted over epochs without ``check_val_every_n_epoch``."""
-    every = trainer.val_check_batch
-    counted = batch_idx if trainer.check_val_every_n_epoch is not None else trainer.fit_loop.epoch_loop.total_batch_idx
-    return isinstance(every, int) and (counted + 1) % every == 0
+    every, every_n_epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
+    if not isinstance(every, int) or not any(trainer.num_val_batches):
+        return False
+    if every_n_epochs is None:
+        return (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % every == 0
+    return (trainer.current_epoch + 1) % every_n_epochs == 0 and (batch_idx + 1) % every == 0
 
 
 class CheckedCheckpointIO(TorchCheckpointIO):
@@ -147,12 +165,15 @@ class CheckedCheckpointIO(TorchCheckpointIO):
         return checkpoint
 
 
-def existing_checkpoint(given: str) -> str:
-    """The path of a checkpoint that is given as ``ckpt_path``, if it is a file.
+def existing_checkpoint(given: str, run: Path) -> str:
+    """The path of a checkpoint that is given as ``ckpt_path``: a file, or ``last`` or ``best`` of the run's folder.
 
     Raises:
         FileNotFoundError: where it is none; for a folder it names the checkpoints in there.
     """
+    named = sorted((run / "checkpoints").glob(f"{given}*.ckpt")) if given in ("last", "best") else []
+    if named:
+        return str(named[-1])
     path = Path(given)
     if path.is_file():
         return given

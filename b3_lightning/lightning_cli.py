@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,13 @@ from b3_lightning.callbacks import (
     TerminateOnNaN,
 )
 from b3_lightning.callbacks.requeue import where_to_begin
-from b3_lightning.checkpoints import BestCheckpoint, CheckedCheckpointIO, LastCheckpoint, StepCheckpoint
+from b3_lightning.checkpoints import (
+    BestCheckpoint,
+    CheckedCheckpointIO,
+    LastCheckpoint,
+    StepCheckpoint,
+    existing_checkpoint,
+)
 from b3_lightning.data import PairsDataModule
 from b3_lightning.mining.store import check_folder, write_text
 from b3_lightning.mistakes import Parser, check_devices, tell_idle, tell_weights
@@ -224,7 +231,7 @@ class B3CLI(LightningCLI):
         check_folder(Path(self.run.dir))
         given = self._get(self.config, "ckpt_path")
         self.config_init["fit"]["ckpt_path"] = where_to_begin(Path(self.run.dir), self.parser_dump(), given)
-        self._get(self.config_init, "remine").check(self.datamodule, self.trainer)
+        self._get(self.config_init, "remine").check(self.datamodule)
         self.datamodule.setup("fit")
         if self.trainer.is_global_zero:
             tell_idle(self.datamodule, self._get(self.config_init, "remine"))
@@ -248,8 +255,12 @@ class B3CLI(LightningCLI):
         self.datamodule.load("train")
 
     def before_validate(self) -> None:
+        given = self._get(self.config, "ckpt_path")
+        if given is not None:
+            given = existing_checkpoint(given, Path(self.run.dir))
+            self.config_init[self.subcommand]["ckpt_path"] = given
         if self.trainer.is_global_zero:
-            tell_weights(self._get(self.config, "ckpt_path"), self.model.source, Path(self.run.dir))
+            tell_weights(given, self.model.source, Path(self.run.dir))
 
     before_test = before_predict = before_validate
 
@@ -270,8 +281,8 @@ class B3CLI(LightningCLI):
     def after_mine(self) -> None:
         if self.trainer.is_global_zero:
             output = self._get(self.config, "output")
-            said = f"plan and report: {output}  (report.html)\ntrain on it: --data.plan={output}"
-            Console().print(said, markup=False)
+            said = f"plan and report: {output}  (report.html)\ntrain on it: --data.plan={shlex.quote(str(output))}"
+            Console().print(said, markup=False, soft_wrap=True)
 
 
 def _listed(given: Any) -> list[Any]:

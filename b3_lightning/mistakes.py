@@ -16,7 +16,6 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from b3_lightning.callbacks import Remine
 from b3_lightning.callbacks.export import is_export
-from b3_lightning.checkpoints import existing_checkpoint
 from b3_lightning.data import PairsDataModule, PairSource
 from b3_lightning.data.pairs import TeacherPrompts
 from b3_lightning.mining import MinedPlan, MiningSettings
@@ -134,15 +133,12 @@ def tell_weights(ckpt_path: str | None, embedder: str | SmallEmbedder, run: Path
     """Say which weights are evaluated: untrained ones by mistake would pass for a run that has learned nothing.
 
     Args:
-        ckpt_path: as given; its weights take the place of the embedder's.
+        ckpt_path: whose weights take the place of the embedder's, if any.
         embedder: as set.
         run: the folder of the run, whose checkpoints are named where none was given.
-
-    Raises:
-        FileNotFoundError: where the checkpoint is no file.
     """
     if ckpt_path is not None:
-        log.info("weights: those of the checkpoint %s", existing_checkpoint(ckpt_path))
+        log.info("weights: those of the checkpoint %s", ckpt_path)
     elif isinstance(embedder, str) and is_export(Path(embedder)):
         log.info("weights: those of the export %s", embedder)
     else:
@@ -161,6 +157,14 @@ def tell_idle(data: PairsDataModule, remine: Remine) -> None:
         "data.mined_frac": bool(data.mined_frac),
         "remine": remine.enabled,
     }
+    n_epochs = data.trainer.max_epochs if data.trainer is not None else None
+    if data.batches == "b3" and remine.enabled and n_epochs is not None and 0 <= n_epochs <= remine.start_epoch:
+        log.warning(
+            "remine.start_epoch=%d lies beyond the last of trainer.max_epochs=%d epochs, counted from 0: %s",
+            remine.start_epoch, n_epochs,
+            "all train on random batches" if data.teacher == "student" and data.plan_folder is None
+            else "nothing is mined again",
+        )  # fmt: skip
     idle = [name for name, changed in given.items() if changed]
     if data.batches == "random" and idle:
         log.warning("data.batches=random mines nothing; without effect: %s", ", ".join(idle))

@@ -219,5 +219,7 @@ def _words(item: Item) -> str:
 
 
 def _log(trainer: Trainer, values: dict[str, float]) -> None:
+    """Under the step that Lightning logs the same batch's loss under, one before ``global_step``."""
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped
     for logger in trainer.loggers:
-        logger.log_metrics(values | {"epoch": float(trainer.current_epoch)}, step=trainer.global_step)
+        logger.log_metrics(values | {"epoch": float(trainer.current_epoch)}, step=step)

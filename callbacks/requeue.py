@@ -83,7 +83,7 @@ def where_to_begin(folder: Path, settings: str, given: str | None) -> str | None
         ValueError: where the folder holds another run, or the checkpoint is of a run in another, with its own plans.
     """
     if given is not None:
-        path = existing_checkpoint(given)
+        path = existing_checkpoint(given, folder)
         other = _run_of(Path(path))
         if other is not None and (other / "plans").is_dir() and not _has_plans_of(folder, Path(path)):
             raise ValueError(

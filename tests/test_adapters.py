@@ -11,7 +11,7 @@ from conftest import Run
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
-from b3_lightning.model.embedder import LoadSettings, LoraSettings, load_embedder
+from b3_lightning.model.embedder import LoadSettings, LoraSettings, check_trained, load_embedder
 
 BFLOAT16 = LoadSettings(pooling="lasttoken", dtype="bfloat16")
 TEXTS = ["a red circle", "a large blue square"]
@@ -82,3 +82,14 @@ def test_weights_below_float32_are_trained_where_that_is_asked_for(fit: Run, mod
     settings = (f"--model.embedder={models['bert']}", "--model.load.dtype=bfloat16", "--data.batches=random")
     run: Path = fit("text-text", *settings, "--trainer.precision=bf16-true", "--trainer.max_epochs=1")
     assert (run / "export" / "model.safetensors").is_file()
+
+
+def test_an_adapter_that_came_with_the_model_is_not_trained_on_silently(models: dict[str, str], tmp_path: Path) -> None:
+    """transformers freezes it: a run would train nothing, or its temperature alone."""
+    adapted = load_embedder(models["qwen2_vl"], BFLOAT16, LoraSettings(r=2))
+    adapted.save_pretrained(str(tmp_path / "export"), create_model_card=False)
+    model = load_embedder(str(tmp_path / "export"), LoadSettings(), None)
+    with pytest.raises(ValueError, match=r"all weights of model\.embedder are frozen.*--run\.merge_adapter=true"):
+        check_trained(model, "32-true")
+    with pytest.raises(ValueError, match=r"model\.lora adds an adapter, and model\.embedder has one.*model\.lora=null"):
+        load_embedder(str(tmp_path / "export"), LoadSettings(), LoraSettings(r=2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from b3_lightning.data import PairsDataModule
+from b3_lightning.data import PairsDataModule, checks
 from b3_lightning.mining import MiningSettings, mine
 
 
@@ -30,6 +30,16 @@ def test_a_plan_is_checked_by_its_own_clusters(batch_size: int, near: str, pairs
     message = rf"data.plan=.*: batch_size={batch_size} must be a multiple of cluster_size=4; nearest: {near}; or mine"
     with pytest.raises(ValueError, match=message):
         PairsDataModule(train_pairs=pairs, plan=plan, batch_size=batch_size).load("train")
+
+
+def test_a_plan_that_a_run_going_on_would_not_use_is_refused(plan: str) -> None:
+    with pytest.raises(ValueError, match=r"goes on with epoch-0001, which its run mined, so data\.plan=other would be"):
+        checks.load_plan_of({"folder": "epoch-0001"}, "run", "other")
+
+
+def test_sizes_that_no_loader_can_have(pairs: str) -> None:
+    with pytest.raises(ValueError, match=r"data\.eval_batch_size=0 must be at least 1"):
+        PairsDataModule(train_pairs=pairs, eval_batch_size=0)
 
 
 def test_settings_of_a_mining_that_a_plan_makes_needless_are_not_checked(pairs: str, plan: str) -> None:

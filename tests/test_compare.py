@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -193,6 +194,30 @@ def test_what_a_full_disk_or_a_kill_cut_off_is_left_out(tmp_path: Path) -> None:
     keep_old_metrics(folder)
     assert [part.name for part in folder.glob("*.csv")] == ["metrics-until-00000001-0.csv"]
     assert load_runs([str(folder)])[0].rows == run.rows  # resumed, and nothing logged since
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.yaml", b"data: {batch_size: [1"),
+        ("config.yaml", b"- a list\n"),
+        ("metrics.csv", b"step,val/mrr\n1,half\n"),
+        ("metrics.csv", b"step,val/mrr\n1,0.5,0.7\n"),
+        ("val_ranks.safetensors", b"cut off"),
+    ],
+)
+def test_a_damaged_file_is_named(name: str, content: bytes, tmp_path: Path) -> None:
+    one, other = _two_runs(tmp_path)
+    (Path(one) / name).write_bytes(content)
+    with pytest.raises(SystemExit, match=f"{name} is (damaged|no config)"):
+        main(["compare", str(one), str(other)])
+
+
+def test_steps_are_counted_alike_in_table_and_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = _run(tmp_path / "run", {"step": [0, 1], "val/mrr": [0.25, 0.5]}, {})
+    assert load_runs([str(folder)])[0].points("val/mrr", "step") == [(1, 0.25), (2, 0.5)]
+    main(["compare", str(folder)])
+    assert re.search(r"steps\D+2\b", capsys.readouterr().out)
 
 
 def test_steps_that_were_made_anew_count_as_they_came_then(tmp_path: Path) -> None:

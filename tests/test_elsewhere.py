@@ -158,6 +158,42 @@ def test_columns_of_other_types_are_brought_together_or_named(tmp_path: Path) ->
         read_sources(paths)
 
 
+def test_what_is_the_same_to_the_letter_in_any_row_is_exact(tmp_path: Path) -> None:
+    columns: dict[str, list[Any]] = {
+        "query": ["Q", "q", "q", "r", "s", "", ""],
+        "positive": ["Cat", "cat", "cat", "cat", "Dog", "x", ""],
+        "negative": [["Cow", "cow"], ["Cow", "Cow"], ["a"], ["cat"], ["b"], ["c"], ["d"]],
+    }
+    found = _audit(tmp_path, columns, status=3)
+    assert {one for one in found if one[0] in ("duplicate_pair", "shared_target", "repeated_negative")} == {
+        ("duplicate_pair", 1, False),
+        ("duplicate_pair", 2, True),
+        ("shared_target", 0, False),
+        ("shared_target", 1, True),
+        ("shared_target", 2, True),
+        ("shared_target", 3, True),
+        ("repeated_negative", 0, False),
+        ("repeated_negative", 1, True),
+    }
+    assert not [one for one in found if one[0] == "several_targets"]  # of the two empty queries
+    right: dict[str, list[Any]] = {
+        "query": ["a", "a", "a"],
+        "positive": ["Dog", "dog", "cow"],
+        "negative": ["x", "y", "dog"],
+    }
+    assert ("negative_is_positive_of_query", 2, True) in _audit(tmp_path, right, status=3)
+    batches: dict[str, list[Any]] = {
+        "query": ["a", "b", "c", "d"],
+        "positive": ["x", "X", "y", "y"],
+        "batch": [0, 0, 1, 1],
+    }
+    found = _audit(tmp_path, batches, status=3)
+    assert {one for one in found if one[0] == "one_label_batch"} == {
+        ("one_label_batch", 0, False),
+        ("one_label_batch", 2, True),
+    }
+
+
 def test_several_negatives_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pairs = {"qry": ["a", "b"], "pos_text": ["ta", "tb"]}
     assert _audit(tmp_path, {**pairs, "neg_text": [["x", "x"], ["tb"]]}, status=3) == {
@@ -263,7 +299,7 @@ def test_plain_pairs_are_dealt_and_what_is_clean_passes(tmp_path: Path, capsys: 
     assert "nothing found" in capsys.readouterr().out
 
 
-def test_vectors_add_suspicions_and_fillers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_vectors_add_suspicions_and_easy_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows 0 and 1 lie at one place, where 1's target is nearer to 0's query than its own; 2 and 3 are far from all."""
     query = torch.eye(4)[[0, 0, 1, 2]] + 0.0
     target = torch.eye(4)[[0, 0, 1, 2]] + 0.0
@@ -280,7 +316,7 @@ def test_vectors_add_suspicions_and_fillers(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(("n_labels", "least", "most"), [(64, 20, 44), (8, 0, 0)])
-def test_half_of_what_stands_in_random_batches_are_fillers_unless_these_hold_all(
+def test_half_of_what_stands_in_random_batches_is_easier_than_random_unless_these_hold_all(
     n_labels: int, least: int, most: int, tmp_path: Path
 ) -> None:
     random = torch.Generator().manual_seed(0)
@@ -292,11 +328,11 @@ def test_half_of_what_stands_in_random_batches_are_fillers_unless_these_hold_all
         "batch": [row // 32 for row in range(64)],
     }
     found = _audit(tmp_path, columns, f"--vectors={tmp_path / 'vectors.npy'}", status=None if n_labels == 64 else 3)
-    assert least <= sum(name == "filler" for name, _, _ in found) <= most
+    assert least <= sum(name == "easier_than_random" for name, _, _ in found) <= most
 
 
 @pytest.mark.parametrize("by_topic", [True, False])
-def test_batches_of_a_topic_hold_few_fillers_and_batches_across_topics_many(by_topic: bool, tmp_path: Path) -> None:
+def test_batches_of_a_topic_hold_few_easy_rows_and_batches_across_topics_many(by_topic: bool, tmp_path: Path) -> None:
     topic = torch.arange(256) % 16
     query = torch.eye(16)[topic] + 0.01 * torch.randn(256, 16, generator=torch.Generator().manual_seed(0))
     np.save(tmp_path / "vectors.npy", torch.stack([query, query]).numpy())
@@ -306,8 +342,8 @@ def test_batches_of_a_topic_hold_few_fillers_and_batches_across_topics_many(by_t
         "batch": (topic if by_topic else torch.arange(256) // 16).tolist(),
     }
     found = _audit(tmp_path, columns, f"--vectors={tmp_path / 'vectors.npy'}", status=None)
-    n_fillers = sum(name == "filler" for name, _, _ in found)
-    assert n_fillers < 30 if by_topic else n_fillers > 100  # six random rows in ten meet one of their topic
+    n_easy = sum(name == "easier_than_random" for name, _, _ in found)
+    assert n_easy < 30 if by_topic else n_easy > 100  # six random rows in ten meet one of their topic
 
 
 def test_a_csv_file_of_several_epochs_counts_a_row_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -340,6 +376,7 @@ def test_a_csv_file_of_several_epochs_counts_a_row_once(tmp_path: Path, capsys: 
         (["--columns", "qry=a", "--in_order"], "give --batch_size too"),
         (["--columns", "qry=a", "--batch_size=9"], "batch_size=9 must lie between 2 and the 2 rows"),
         (["--columns", "qry=a", "--vectors=absent.npy"], "absent.npy"),
+        (["--columns", "qry=a", "--margin=0.1"], "give --vectors too"),
     ],
 )
 def test_mistakes_with_audit(more: list[str], message: str, tmp_path: Path) -> None:

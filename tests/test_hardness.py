@@ -43,6 +43,7 @@ def test_a_run_logs_its_hardness_and_lists_suspects(fit: Run) -> None:
     with (run / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("train/in_batch_accuracy")]
     assert len(rows) == 9
+    assert [int(row["step"]) for row in rows] == list(range(0, 18, 2))  # as the losses of the same batches, from 0
     assert all(0 <= float(row["train/in_batch_accuracy"]) <= 1 for row in rows)
     assert sum(bool(row.get("train/cohesion")) for row in rows) == 6  # not for the first batch of an epoch
     with (run / "suspects.csv").open(newline="") as file:

@@ -136,7 +136,7 @@ def test_what_is_ignored_and_never_the_positive() -> None:
 
     def ignored(**settings: object) -> list[list[int]]:
         chosen = LossSettings(**{"mask_same": False, "mask_planned": False} | settings)  # type: ignore[arg-type]
-        return ignored_columns(score, rows, columns, masked, chosen, 0).int().tolist()
+        return ignored_columns(score, rows, columns, None, masked, chosen, 0).int().tolist()
 
     assert ignored() == [[0, 0, 0, 1, 0], [0, 0, 0, 1, 0]]  # an empty place is no negative
     assert ignored(mask_same=True) == [[0, 0, 0, 1, 0], [0, 0, 1, 1, 1]]

@@ -24,6 +24,13 @@ def test_a_tie_counts_against_the_query() -> None:
     assert positive_ranks(same, same, torch.arange(4), torch.arange(4)).tolist() == [3, 3, 3, 3]
 
 
+@pytest.mark.parametrize(("n_rows", "n_dims"), [(7, 384), (9, 32), (9, 768), (1025, 64)])
+def test_equal_vectors_tie_though_a_product_rounds_them_apart(n_rows: int, n_dims: int) -> None:
+    one = torch.nn.functional.normalize(torch.randn(1, n_dims, generator=torch.Generator().manual_seed(0)), dim=1)
+    same, keys = one.expand(n_rows, -1).contiguous(), torch.arange(n_rows)
+    assert positive_ranks(same, same, keys, keys).unique().tolist() == [n_rows - 1]
+
+
 def test_other_positives_of_the_same_query_are_not_counted() -> None:
     query = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     target = torch.tensor([[1.0, 0.0], [0.9, 0.1]])

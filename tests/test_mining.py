@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -263,9 +264,40 @@ def test_a_damaged_or_foreign_plan_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="SHA-256 differs"):
         MinedPlan.load(tmp_path)
     description = tmp_path / "plan.json"
-    description.write_text(description.read_text().replace('"format_version": 2', '"format_version": 99'))
+    description.write_text(description.read_text().replace('"format_version": 3', '"format_version": 99'))
     with pytest.raises(ValueError, match="format version 99"):
         MinedPlan.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[:300], r"plan\.json is damaged"),
+        (lambda text: "", r"plan\.json is damaged"),
+        (lambda text: text.replace('"cluster_size": 4', '"cluster_size": 8'), r"plan\.json is not what was written"),
+    ],
+)
+def test_a_description_that_was_changed_is_refused(change: Callable[[str], str], message: str, tmp_path: Path) -> None:
+    mine(vectors(30), vectors(30, seed=1), settings=small()).save(tmp_path)
+    description = tmp_path / "plan.json"
+    assert change(description.read_text()) != description.read_text()
+    description.write_text(change(description.read_text()))
+    with pytest.raises(ValueError, match=message):
+        MinedPlan.load(tmp_path)
+
+
+def test_tasks_are_named_by_their_text_and_none_is_missing() -> None:
+    with pytest.raises(ValueError, match=r"tasks names none for row\(s\) 1, 3; every row needs one"):
+        mine(vectors(30), vectors(30, seed=1), settings=small(), tasks=["a", None, "b", float("nan"), *["a"] * 26])
+    mined = mine(vectors(30), vectors(30, seed=1), settings=small(), tasks=[1] * 14 + ["1"] * 16)
+    assert mined.task_names == ("1",)
+
+
+def test_a_plan_says_in_a_line_what_it_is() -> None:
+    mined = mine(vectors(30), vectors(30, seed=1), settings=small())
+    n_fillers = int(mined.filler_N.sum())
+    counted = f"n_rows=30, n_edges={len(mined.edges)}, n_clusters={len(mined.clusters)}, n_fillers={n_fillers}"
+    assert repr(mined) == f"MinedPlan({counted}, cluster_size=4, tasks=['default'])"
 
 
 def _with(value: float, row: int) -> npt.NDArray[np.float32]:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
 
 from b3_lightning.callbacks import Export, Remine
 from b3_lightning.callbacks.requeue import where_to_begin
+from b3_lightning.checkpoints import existing_checkpoint
 from b3_lightning.cli import main
 from b3_lightning.data import PairsDataModule
 from b3_lightning.mining import MiningSettings
@@ -295,7 +295,7 @@ def test_a_checkpoint_is_refused_only_where_its_plans_lie_in_another_run(tmp_pat
 def test_evaluation_says_whose_weights_it_uses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     last, export, base = tmp_path / "checkpoints/last.ckpt", tmp_path / "export", tmp_path / "base"
     for folder, card in (
-        (export, Export()._card(L.Trainer(accelerator="cpu", logger=False), None, "")),
+        (export, Export()._card({"validation": {}, "global_step": 3}, None, "")),
         (base, "# A model"),
     ):
         folder.mkdir()
@@ -313,8 +313,19 @@ def test_evaluation_says_whose_weights_it_uses(tmp_path: Path, caplog: pytest.Lo
         caplog.clear()
         tell_weights(given, str(embedder), tmp_path)
         assert _holds(caplog.text, said)
-    with pytest.raises(FileNotFoundError, match=f"ckpt_path={tmp_path} .it is a folder; in it: {last}"):
-        tell_weights(str(tmp_path), "base", tmp_path)
+
+
+def test_a_checkpoint_is_named_by_its_file_or_as_the_last_or_best_of_the_run(tmp_path: Path) -> None:
+    last, best = (tmp_path / "checkpoints" / f"{name}.ckpt" for name in ("last", "best-epoch0001-step000002"))
+    last.parent.mkdir()
+    for file in (last, best):
+        file.touch()
+    for given, found in ((str(last), last), ("last", last), ("best", best)):
+        assert existing_checkpoint(given, tmp_path) == str(found)
+    with pytest.raises(FileNotFoundError, match=rf"ckpt_path={tmp_path} .it is a folder; in it: {best}, {last}"):
+        existing_checkpoint(str(tmp_path), tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint ckpt_path=last .looked from"):
+        existing_checkpoint("last", tmp_path / "other")
 
 
 def test_a_baseline_tells_what_it_leaves_without_effect(caplog: pytest.LogCaptureFixture) -> None:
@@ -360,18 +371,30 @@ def test_vectors_in_another_order_are_told(tmp_path: Path, caplog: pytest.LogCap
 
 
 @pytest.mark.usefixtures("told")
-def test_batches_that_are_hardly_harder_than_random_ones_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_batches_that_are_hardly_harder_than_random_ones_are_told(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(0)
     for name, spread in (("topics", 0.3), ("noise", 100.0)):
         np.save(f"{name}.npy", rng.normal(size=(5, 8))[np.arange(40) % 5] + spread * rng.normal(size=(2, 40, 8)))
     mine = ["mine", "--config=config.yaml", "--data.mining={first_rank: 0, n_ranks: 6, cluster_size: 8}"]
-    main([*mine, "--data.teacher=noise.npy", "--data.mining.min_score=1.5", "--output=loose"])
-    assert _holds(caplog.text, r"WARNING .*The batches are 0% of the way .* Raise data.mining.n_ranks or .*start_epoch")
+    main([*mine, "--data.teacher=noise.npy", "--data.mining.min_score=1.5", "--output=filtered"])
+    assert _holds(
+        caplog.text,
+        r"WARNING .*The batches are .*; 100% of the rows have nothing hard in their cluster\. data\.mining\.min_score "
+        r"and the ranks leave 0\.0 hard negatives a row of 6: loosen the filter, .*start_epoch",
+    )
     for teacher, kind in (("topics", "louvain"), ("noise", "none")):
         caplog.clear()
         main([*mine, f"--data.teacher={teacher}.npy", f"--data.mining.communities={kind}", f"--output={kind}"])
         assert "mined in" in caplog.text
         assert "of the way" not in caplog.text
+    monkeypatch.setattr("b3_lightning.data.miner.LITTLE_OF_THE_WAY", 2.0)
+    main([*mine, "--data.teacher=topics.npy", "--output=again"])
+    assert _holds(
+        caplog.text,
+        r"WARNING .*The batches are \d+% of the way from random ones .* Raise data\.mining\.n_ranks or .*start_epoch",
+    )
 
 
 @pytest.mark.parametrize("validated", [False, True])

@@ -118,6 +118,7 @@ def test_training_on_the_negatives_of_a_file(
             "text-text", *settings, f"--data.train_pairs={tmp_path / 'pairs.parquet'}", "--data.n_file_negatives=1",
             "--data.mining={first_rank: 1, n_ranks: 10, cluster_size: 4, n_negatives: 2}", "--model.chunks.items=8",
         )  # fmt: skip
-    assert "data.n_file_negatives=1: 32 of the pairs files' unused, 32 lacking" in caplog.text
+    assert "32 hard negatives of the pairs files are not trained on: data.n_file_negatives=1 a row" in caplog.text
+    assert "data.n_file_negatives=1: the pairs files lack 32 of them" in caplog.text
     with pytest.raises(SystemExit, match="the pairs hold none"):
         fit("text-text", *settings, "--data.n_file_negatives=1", name="none")

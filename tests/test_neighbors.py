@@ -6,6 +6,7 @@ import functools
 import itertools
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from b3_lightning.mining.candidates import Bounds, Panels
 from b3_lightning.mining.exact import order_keys, read_keys, to_grid
 from b3_lightning.mining.exclusions import Exclusions
 from b3_lightning.mining.neighbors import TargetIndex, find_neighbors, positive_scores
+from b3_lightning.mining.rerank import FoundNeighbors, find_neighbors_with
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Pairs = list[tuple[Tensor, Tensor]]
@@ -243,6 +245,7 @@ def test_memory_stays_within_the_budget() -> None:
     """60,000 x 64 with 0.05 GiB: their scores alone would be 14 GB."""
     code = """
 import resource, torch
+from b3_lightning.mining.rerank import FoundNeighbors, find_neighbors_with
 from b3_lightning.mining.neighbors import TargetIndex, fast_dtype
 target = torch.nn.functional.normalize(torch.randn(60_000, 64), dim=1)
 small = target[:500].clone()
@@ -286,3 +289,17 @@ def test_inverted_lists_reach_the_recall_that_was_asked_for() -> None:
     assert torch.equal(again.ids_NW, found.ids_NW)
     with pytest.raises(ValueError, match="reached a recall of"):
         search(min_recall=1.01)
+
+
+@pytest.mark.parametrize("n_rows", [2, 3, 10])
+@pytest.mark.parametrize("how", ["approximate", "faiss"])
+def test_few_rows_and_rows_without_a_neighbour_are_searched_like_any(n_rows: int, how: str) -> None:
+    pytest.importorskip("faiss")
+    vector = torch.nn.functional.normalize(torch.randn(n_rows, 6, generator=torch.Generator().manual_seed(0)), dim=1)
+    by_faiss = functools.partial(find_neighbors_with, "faiss")
+    find: Callable[..., FoundNeighbors] = find_neighbors_approximately if how == "approximate" else by_faiss
+    for keys in (torch.arange(n_rows), torch.zeros(n_rows, dtype=torch.int64)):  # of one target, none is a neighbour
+        found = find(vector, vector, n_neighbors=3, exclude=[(keys, keys)])
+        expected, _ = find_neighbors(vector, vector, n_neighbors=3, exclude=[(keys, keys)])
+        assert torch.equal(found.ids_NW, expected)
+        assert found.recall == 1

@@ -82,7 +82,7 @@ def _audit(ran: Ran) -> None:
     }
     _, mended, at_random, mined = ran.out.split("columns: ")[1:]
     assert "nothing found" in mended
-    assert _rows_of("filler", at_random) > 2 * _rows_of("filler", mined) > 0
+    assert _rows_of("easier_than_random", at_random) > 2 * _rows_of("easier_than_random", mined) > 0
 
 
 def _rows_of(finding: str, table: str) -> int:

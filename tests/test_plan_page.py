@@ -20,7 +20,7 @@ from b3_lightning.mining.ranks import RankChoice
 from b3_lightning.reports.cards import CardLimits, choose_clusters
 from b3_lightning.reports.figures import PlanFigures
 from b3_lightning.reports.plan_page import write_plan_page
-from b3_lightning.reports.svg import Axes, Bar, Line, Span, histogram, line_chart
+from b3_lightning.reports.svg import Axes, Bar, Line, Span, bars, histogram, line_chart
 from b3_lightning.types import Clusters, Communities, Edges, Neighbors, Window
 
 EVIL = "</script><script>document.title='broken'</script><img src=x onerror=alert(1)>"
@@ -180,6 +180,10 @@ def test_charts_say_their_numbers_and_bear_flat_or_missing_ones() -> None:
     assert line_chart(axes, [Line("none", [], [], 1)]) == ""
     assert "4-7: 12" in histogram(axes, [Bar("4-7", 12, "12")])
     assert histogram(axes, [Bar("0", 0, "0")]) == ""
+    assert re.findall(r'class="tick right"[^>]*>([^<]*)<', histogram(axes, [Bar("0", 1, "1")])) == ["0", "1"]
+    short = bars(axes, [Bar("a", 0.001, "0.001"), Bar("b", 6.0, "6")])
+    assert "--" not in short
+    assert 'h0.0q2.0 0 2.0 4v8q0 4 -2.0 4h-0.0z"' in short
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a chromium on the PATH (Debian: apt-get install chromium)")
@@ -203,6 +207,12 @@ def test_in_a_browser(written: tuple[MinedPlan, Path], tmp_path: Path) -> None:
         assert len(shown) == min(12, n_held)
         assert all("large" in text and "red" in text and "circle" in text for text in shown)
         assert browser.ask("document.querySelector('mark').textContent") == "large"
+        row, card = cards[5]["rows"][0][0], cards[5]["id"]
+        for words in (f"#{row}", f"Cluster {card}", f"#{row} cluster {card}"):
+            browser.ask(f"(document.getElementById('search').value = '{words}', update())")
+            assert browser.ask(
+                "[...document.querySelectorAll('h3')].map(title => title.textContent.split(' ')[1])"
+            ) == [str(card)]
         browser.ask("document.getElementById('search').value = ''")
         worst = "(document.getElementById('order').value = 'loose', update(), document.querySelector('h3').textContent)"
         cohesion = {card["id"]: card["cohesion"] for card in cards}

@@ -27,7 +27,7 @@ def _fit(folder: Path, shapes: Path, model: str, *settings: str) -> Path:
         "--data.mining={first_rank: 1, n_ranks: 10, cluster_size: 4, n_negatives: 2}", "--trainer.max_epochs=2",
         "--trainer.accelerator=cpu", "--trainer.precision=64-true", "--trainer.enable_progress_bar=false",
         "--trainer.gradient_clip_val=0.5", "--model.loss={temperature: 0.05, symmetric: true, mask_margin: 0.2}",
-        "--model.optim.learning_rate=0.001", *settings,
+        "--model.optim.learning_rate=0.001", "--trainer.log_every_n_steps=1", *settings,
     ]  # fmt: skip
     if "--trainer.devices=1" in settings:
         main(arguments)
@@ -41,6 +41,11 @@ def _validations(run: Path) -> list[list[float]]:
     with (run / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("val/mrr")]
     return [[float(row[name]) for name in ("val/hit@1", "val/hit@10", "val/mrr")] for row in rows]
+
+
+def _losses(run: Path) -> list[float]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return [float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")]
 
 
 def _vectors(run: Path) -> np.ndarray[Any, Any]:
@@ -69,6 +74,7 @@ def test_chunks_and_processes_train_what_one_does_whole(
     run = _fit(tmp_path / "run", shapes, models["bert_without_dropout"], *settings)
     assert np.allclose(_vectors(run), _vectors(whole), atol=1e-6)
     assert np.allclose(_validations(run), _validations(whole), atol=1e-6)
+    assert np.allclose(_losses(run), _losses(whole), atol=1e-6)  # of the global batch, whoever holds its rows
     start = SentenceTransformer(models["bert_without_dropout"], device="cpu").encode(TEXTS, normalize_embeddings=True)
     assert not np.allclose(_vectors(whole), start, atol=1e-2)
 

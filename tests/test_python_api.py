@@ -79,12 +79,12 @@ def test_a_trainer_that_would_repeat_the_first_epoch_is_refused() -> None:
 
 
 class Ruin(L.Callback):
-    """Random weights from the second epoch's first step on."""
+    """One vector for all from the second epoch's first step on."""
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.current_epoch == 1:
             for parameter in pl_module.embedder.parameters():
-                torch.nn.init.normal_(parameter)
+                torch.nn.init.ones_(parameter)
 
 
 class Validated(L.Callback):

@@ -104,6 +104,15 @@ def test_large_tasks_are_sampled_and_small_ones_keep_their_rows() -> None:
     assert any("of the sample, which is about first_rank" in line for line in advice(big, 16))
 
 
+def test_whether_labels_are_ranked_is_told_by_all_rows_of_a_sampled_task() -> None:
+    query, target = _vectors(300)
+    label = [row % 25 for row in range(300)]  # twelve rows a label, two in the sample
+    questions = Questions(batch_sizes=(16,), cluster_sizes=(4,), first_ranks=(1,), max_rows=60)
+    (answer,) = what_if(query, target, settings=SETTINGS, questions=questions, target_keys=label)
+    assert (answer.n_sampled, answer.labels) == (60, True)
+    assert mine(query, target, settings=SETTINGS, target_keys=label).ranks["default"].labels
+
+
 def test_a_task_too_small_for_the_window_is_asked_about_with_what_it_has() -> None:
     query, target = _vectors(112)
     questions = Questions(batch_sizes=(8,), cluster_sizes=(4,), first_ranks=(5,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -243,7 +244,9 @@ def test_hardness_is_the_mean_loss_without_what_training_leaves_out() -> None:
     ids_MB = torch.randperm(40, generator=torch.Generator().manual_seed(0)).view(4, 10)
 
     def alike(one: int, other: int) -> bool:
-        return any(key[one] == key[other] >= 0 for key in keys) or bool(keys[0][masked[one, 0]] == keys[0][other])
+        mates = [mate for mate in range(40) if mate == one or keys[1][mate] == keys[1][one] >= 0]
+        right = {int(keys[0][mate]) for mate in mates} | {int(keys[0][masked[one, 0]])}
+        return other in mates or int(keys[0][other]) in right
 
     losses = []
     for batch in ids_MB.tolist():
@@ -259,9 +262,62 @@ def test_best_hardness_by_hand() -> None:
     neighbors = ranked([[0.9, 0.5, 0.2]], [0.6])
     window = rank_window(neighbors, MiningSettings(), first_rank=1, n_ranks=2)
     expected = math.log(sum(math.exp(score / TEMPERATURE) for score in (0.6, 0.5, 0.2))) - 0.6 / TEMPERATURE
-    assert best_hardness(neighbors, window, 3) == pytest.approx(expected, rel=1e-5)
+    rows = torch.tensor([False])
+    assert best_hardness(neighbors, window, 3, rows) == pytest.approx(expected, rel=1e-5)
     filled = math.log(sum(math.exp(s / TEMPERATURE) for s in (0.6, 0.5, 0.2, 0.2, 0.2))) - 0.6 / TEMPERATURE
-    assert best_hardness(neighbors, window, 5) == pytest.approx(filled, rel=1e-5)
+    assert best_hardness(neighbors, window, 5, rows) == pytest.approx(filled, rel=1e-5)
+    # of a label that ranks first, a batch may hold nothing but copies
+    copies = math.log(sum(math.exp(s / TEMPERATURE) for s in (0.6, 0.5, 0.5, 0.5, 0.5))) - 0.6 / TEMPERATURE
+    assert best_hardness(neighbors, window, 5, ~rows) == pytest.approx(copies, rel=1e-5)
+    # what ranks behind a window that filters left empty scores at most as its last rank
+    empty = rank_window(neighbors, MiningSettings(max_score=0.1), first_rank=0, n_ranks=3)
+    behind = math.log(sum(math.exp(s / TEMPERATURE) for s in (0.6, 0.2, 0.2))) - 0.6 / TEMPERATURE
+    assert best_hardness(neighbors, empty, 3, rows) == pytest.approx(behind, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_score": 0.4, "n_ranks": 50},
+        {"max_relative_score": 0.8},
+        {"ranked": "labels"},
+        {"edges": "either"},
+        {"min_score": 0.9},
+    ],
+)
+def test_no_batch_is_harder_than_the_best(changes: dict[str, Any]) -> None:
+    random = np.random.default_rng(0)
+    label = random.integers(0, 20, 400)
+    target = vectors(20, seed=1)[label] if "ranked" in changes else vectors(400, seed=1)
+    chosen = MiningSettings(**{"first_rank": 0, "n_ranks": 20, "cluster_size": 8} | changes)
+    keys = label if "ranked" in changes else np.arange(400)
+    mined = mine(vectors(400) + target, target, settings=chosen, target_keys=keys, batch_size=64)
+    assert max(mined.hardness["mined"], mined.hardness["random_masked"]) <= mined.hardness["best"]
+
+
+def test_a_masked_target_is_hard_in_none_of_its_spellings() -> None:
+    """An uncased teacher sees A and a alike, and ties go by row, so copies of one spelling are no neighbours."""
+    one = np.repeat(vectors(40), 4, axis=0)
+    keys = [text for row in range(40) for text in (f"A{row}", f"a{row}", f"A{row}", f"a{row}")]
+    mined = mine(one, one, settings=MiningSettings(first_rank=2, n_ranks=20, cluster_size=4), target_keys=keys)
+    code = {text: number for number, text in enumerate(dict.fromkeys(keys))}
+    key_N = torch.tensor([code[text] for text in keys])
+    ids_NW = mined.neighbors.ids_NW
+    for row in range(160):
+        hard, masked = (
+            key_N[ids_NW[row][mark[row]]].tolist() for mark in (mined.window.hard_NW, mined.window.masked_NW)
+        )
+        assert not {*hard} & {*masked}
+
+
+def test_families_longer_than_the_ranks_looked_at_are_no_chance() -> None:
+    random = np.random.default_rng(0)
+    family = np.repeat(random.normal(size=(3, 32)), 150, axis=0) + 0.01 * random.normal(size=(450, 32))
+    query = np.concatenate([family, random.normal(size=(550, 32))])
+    chosen = MiningSettings(first_rank="auto", n_ranks=20, cluster_size=8)
+    choice = mine(query, query + 0.01 * random.normal(size=query.shape), settings=chosen).ranks["default"]
+    assert choice.first_rank == 100
+    assert "at all ranks below 100" in choice.reason
 
 
 def test_mined_batches_are_harder_than_random_ones_and_not_than_the_best() -> None:

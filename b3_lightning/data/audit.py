@@ -17,7 +17,7 @@ from torch import Tensor
 
 from b3_lightning.data.foreign import ForeignPairs, normal
 from b3_lightning.data.pairs import Item
-from b3_lightning.mining import left_out
+from b3_lightning.mining import KnownTargets, left_out
 from b3_lightning.types import Embeddings
 
 MEANING = {
@@ -39,11 +39,11 @@ MEANING = {
     "one_label_batch": "all targets of the batch are the same: no negative is right",
     "uneven_batch": "the batch has another number of rows than most",
     "suspected_false_negative": "a negative scores above the row's own positive",
-    "filler": "a random batch's hardest negative is harder than all of this batch (true of half the rows by chance)",
+    "easier_than_random": "a random batch holds something harder than all of this (so in half of rows by chance)",
 }
 WORTH_A_LOOK = {
     "query_is_target", "no_negative", "repeated_negative", "shared_target", "several_targets", "duplicate_pair",
-    "uneven_batch", "suspected_false_negative", "filler",
+    "uneven_batch", "suspected_false_negative", "easier_than_random",
 }  # fmt: skip
 """Findings that may be as they should; all others are wrong."""
 OF_BATCH = {"one_label_batch", "uneven_batch"}
@@ -90,62 +90,67 @@ def uneven(pairs: ForeignPairs) -> list[Finding]:
 
 
 def _rows(pairs: ForeignPairs) -> Iterator[Finding]:
-    first: dict[tuple[Item, Item], int] = {}
-    queries_of, targets_of = _Others(pairs.target, pairs.query), _Others(pairs.query, pairs.target)
+    first, seen, empty = dict[tuple[Item, Item], int](), set[tuple[Item, Item]](), set(pairs.empty)
+    filled = [row for row in range(len(pairs)) if row not in empty]  # an empty side is a finding of its own
+    queries_of, targets_of = _Others(pairs.target, pairs.query, filled), _Others(pairs.query, pairs.target, filled)
     for row, (query, target) in enumerate(zip(pairs.query, pairs.target, strict=True)):
-        if row in pairs.again:
+        if row in pairs.again or row in empty:
             continue
         if normal(query) == normal(target):
             yield Finding("query_is_target", row, exact=query == target)
         earlier = first.setdefault((normal(query), normal(target)), row)
         if earlier != row:
-            exact = (query, target) == (pairs.query[earlier], pairs.target[earlier])
-            yield Finding("duplicate_pair", row, exact=exact, other=earlier, n_others=1)
+            yield Finding("duplicate_pair", row, exact=(query, target) in seen, other=earlier, n_others=1)
+        seen.add((query, target))
         yield from queries_of.of(row, "shared_target")
         yield from targets_of.of(row, "several_targets")
 
 
 class _Others:
-    """Rows with the same ``key`` item and another ``value``, in all rows or in some."""
+    """Rows with the same ``key`` item and another ``value``."""
 
-    def __init__(self, key: Sequence[Item], value: Sequence[Item], rows: Sequence[int] | None = None) -> None:
+    def __init__(self, key: Sequence[Item], value: Sequence[Item], rows: Sequence[int]) -> None:
         self._key, self._value = key, value
         self._rows: dict[Item, dict[Item, int]] = {}
-        for row in range(len(key)) if rows is None else rows:
+        self._exact: dict[Item, dict[Item, int]] = {}
+        for row in rows:
             self._rows.setdefault(normal(key[row]), {}).setdefault(normal(value[row]), row)
+            self._exact.setdefault(key[row], {}).setdefault(normal(value[row]), row)
 
     def of(self, row: int, name: str, batch: object = None) -> Iterator[Finding]:
-        others = self._rows[normal(self._key[row])]
-        own = normal(self._value[row])
+        others, own = self._rows[normal(self._key[row])], normal(self._value[row])
         if len(others) > 1:
-            other = next(there for value, there in others.items() if value != own)
-            yield Finding(name, row, self._key[row] == self._key[other], batch, other, len(others) - 1)
+            exact = [there for value, there in self._exact[self._key[row]].items() if value != own]
+            other = exact[0] if exact else next(there for value, there in others.items() if value != own)
+            yield Finding(name, row, bool(exact), batch, other, len(others) - 1)
 
 
 def _negatives(pairs: ForeignPairs) -> Iterator[Finding]:
-    positives: dict[Item, dict[Item, int]] = {}
+    positives, as_written = dict[Item, dict[Item, int]](), set[tuple[Item, Item]]()
     for row, (query, target) in enumerate(zip(pairs.query, pairs.target, strict=True)):
         positives.setdefault(normal(query), {}).setdefault(normal(target), row)
+        as_written.add((normal(query), target))
     for row, items in enumerate(pairs.negatives if pairs.n_negatives else []):
         if row in pairs.again:
             continue
         if not items:
             yield Finding("no_negative", row)
         query, target = pairs.query[row], pairs.target[row]
-        seen: set[Item] = set()
+        seen, seen_as_written = set[Item](), set[Item]()
         for item in items:
             key = normal(item)
             right = positives[normal(query)].get(key)
             if key == normal(target):
                 yield Finding("negative_is_own_positive", row, item == target, text=item.text)
             elif right is not None:
-                exact = item == pairs.target[right]
+                exact = (normal(query), item) in as_written
                 yield Finding("negative_is_positive_of_query", row, exact, other=right, n_others=1, text=item.text)
             elif key == normal(query):
                 yield Finding("negative_is_query", row, item == query, text=item.text)
             if key in seen:
-                yield Finding("repeated_negative", row, text=item.text)
+                yield Finding("repeated_negative", row, item in seen_as_written, text=item.text)
             seen.add(key)
+            seen_as_written.add(item)
 
 
 def _conflicts(pairs: ForeignPairs) -> Iterator[Finding]:
@@ -159,16 +164,18 @@ def _conflicts(pairs: ForeignPairs) -> Iterator[Finding]:
 
 def _in_batch(pairs: ForeignPairs, batch: object, rows: Sequence[int]) -> Iterator[Finding]:
     if len(rows) > 1 and len({normal(pairs.target[row]) for row in rows}) < 2:
-        yield Finding("one_label_batch", rows[0], batch=batch, n_others=len(rows) - 1)
+        exact = len({pairs.target[row] for row in rows}) < 2
+        yield Finding("one_label_batch", rows[0], exact, batch=batch, n_others=len(rows) - 1)
     queries_of = _Others(pairs.target, pairs.query, rows)
     targets_of = _Others(pairs.query, pairs.target, rows)
-    first: dict[tuple[Item, Item], int] = {}
+    first, seen = dict[tuple[Item, Item], int](), set[tuple[Item, Item]]()
     groups: dict[str, list[int]] = {}
     for row in rows:
         other = first.setdefault((normal(pairs.query[row]), normal(pairs.target[row])), row)
         if other != row:
-            exact = (pairs.query[row], pairs.target[row]) == (pairs.query[other], pairs.target[other])
+            exact = (pairs.query[row], pairs.target[row]) in seen
             yield Finding("same_pair_in_batch", row, exact, batch, other, 1)
+        seen.add((pairs.query[row], pairs.target[row]))
         yield from queries_of.of(row, "same_target_in_batch", batch)
         yield from targets_of.of(row, "same_query_in_batch", batch)
         if pairs.group[row]:
@@ -179,12 +186,12 @@ def _in_batch(pairs: ForeignPairs, batch: object, rows: Sequence[int]) -> Iterat
             yield Finding("same_group_in_batch", row, True, batch, other, len(members) - 1, group)
 
 
-def suspect(pairs: ForeignPairs, vectors: Embeddings, *, margin: float, fillers: bool) -> tuple[list[Finding], int]:
-    """What a teacher's vectors add: suspected false negatives and fillers; and how many negatives had no vector.
+def suspect(pairs: ForeignPairs, vectors: Embeddings, *, margin: float, easy: bool) -> tuple[list[Finding], int]:
+    """What a teacher's vectors add: suspected false negatives and easy rows; and how many negatives had no vector.
 
     Args:
         margin: a negative is suspected above the positive's cosine plus this.
-        fillers: look for them too; only where the batches are the file's own.
+        easy: look for rows whose batch is easier for them than a random one too; only where batches are the file's own.
 
     A row's own negatives have vectors where their text is the target of some row.
     """
@@ -209,11 +216,13 @@ def suspect(pairs: ForeignPairs, vectors: Embeddings, *, margin: float, fillers:
         over_BB = score_BB - positive_N[ids_B][:, None] - margin
         for place in (over_BB > 0).any(dim=1).nonzero().flatten().tolist():
             found += _worst(rows[place], rows, over_BB[place], batch)
-        if fillers and len(rows) > 1:
+        if easy and len(rows) > 1:
             other_B = torch.tensor(chance.sample(range(len(pairs)), min(len(rows), len(pairs))))
             random_B = scores.hardest_by_chance(ids_B, other_B)
             easy_B = score_BB.amax(dim=1) < random_B - _TIE
-            found += [Finding("filler", rows[place], batch=batch) for place in easy_B.nonzero().flatten().tolist()]
+            found += [
+                Finding("easier_than_random", rows[place], batch=batch) for place in easy_B.nonzero().flatten().tolist()
+            ]
     return found, n_unknown
 
 
@@ -221,11 +230,11 @@ class _Scores:
     """Cosines of rows' queries with other rows' targets, -inf for what is no negative: an equal target or query."""
 
     def __init__(self, vectors: Embeddings, keys: Sequence[Tensor]) -> None:
-        self._vectors, self._keys = vectors, keys
+        self._vectors, self._keys, self._known = vectors, keys, KnownTargets(keys)
 
     def of_negatives(self, ids_B: Tensor, ids_C: Tensor) -> Tensor:
         score_BC = self._vectors.query_ND[ids_B] @ self._vectors.target_ND[ids_C].T
-        return score_BC.masked_fill_(left_out(ids_B, ids_C, self._keys), -torch.inf)
+        return score_BC.masked_fill_(left_out(ids_B, ids_C, self._keys, self._known), -torch.inf)
 
     def hardest_by_chance(self, ids_B: Tensor, drawn_B: Tensor) -> Tensor:
         """(B,) each row's hardest negative among as many others as its own batch holds."""

@@ -16,8 +16,10 @@ from b3_lightning.mining.store import sha256
 log = logging.getLogger(__name__)
 
 
-def check_workers(num_workers: int, prefetch_factor: int | None) -> None:
+def check_loading(eval_batch_size: int, num_workers: int, prefetch_factor: int | None) -> None:
     """Refuse numbers that no loader can have, and batches to be prefetched by nobody; ValueError names them."""
+    if eval_batch_size < 1:
+        raise ValueError(f"data.eval_batch_size={eval_batch_size} must be at least 1")
     if num_workers < 0:
         raise ValueError(f"data.num_workers={num_workers} must not be negative")
     if prefetch_factor is not None and (num_workers == 0 or prefetch_factor < 1):
@@ -144,6 +146,11 @@ def load_plan_of(in_use: Mapping[str, Any], run: str, given: str | None) -> Mine
         ValueError: where it is not there, or another one is.
     """
     was_given = _was_given(in_use)
+    if given is not None and not was_given:
+        raise ValueError(
+            f"the checkpoint goes on with {in_use['folder']}, which its run mined, so data.plan={given} would be "
+            "without effect: leave it out, or begin a new run with it"
+        )
     folder = Path(given) if was_given and given is not None else Path(run) / "plans" / in_use["folder"]
     if not (folder / "plan.json").is_file():
         how = "name it as --data.plan" if was_given else "set --run.dir to the run that it is of"

@@ -109,8 +109,9 @@ class PairCollator:
     """Turn row ids into a batch.
 
     A batch is ``{"query", "target", "row_B", "query_key_B", "target_key_B", "group_key_B", "task"}``; with hard
-    negatives ``negative`` and their rows and keys too (``negative_row_N``, -1 where one is lacking), and, of any plan,
-    ``masked_BM``: the keys of targets that are likely right for a row, padded with -1.
+    negatives ``negative`` and their rows and keys too (``negative_row_N``, -1 where one is lacking). ``known_BM`` are
+    keys of ``KnownTargets``, where there are any, and ``masked_BM``, of any plan, those of targets that are likely
+    right for a row; both padded with -1.
 
     Args:
         split: the rows.
@@ -140,6 +141,8 @@ class PairCollator:
             side: self._features([items[row] for row in rows]) for side, items in self.items.items()
         }
         batch |= {f"{side}_key_B": key_N[row_B] for side, key_N in self.split.keys.items()}
+        if self.split.known:
+            batch["known_BM"] = self.split.known[row_B]
         batch |= {"row_B": row_B, "task": self.task_of[self.split.pairs.tasks[rows[0]]]}
         places = self._file_places(rows)
         if self.mined is not None:

@@ -105,7 +105,7 @@ class PairsDataModule(L.LightningDataModule):
         self.batches, self.batch_size, self.eval_batch_size = batches, batch_size, eval_batch_size
         self.teacher, self.plan_folder, self.mining = teacher, plan, mining_of(mining, mixture, tasks)
         self.mined_frac, self.n_file_negatives, self.cache = mined_frac or {}, n_file_negatives, cache
-        checks.check_workers(num_workers, prefetch_factor)
+        checks.check_loading(eval_batch_size, num_workers, prefetch_factor)
         self.num_workers, self.prefetch_factor, self.pin_memory = num_workers, prefetch_factor, pin_memory
         self.image_check, self.seed = image_check, seed
         self.mined: MinedPlan | None = None
@@ -344,6 +344,7 @@ class PairsDataModule(L.LightningDataModule):
         """What the batches of a run depend on."""
         return {
             "pairs": self.fingerprint("train"),
+            "validation": self.fingerprint("val") if "val" in self._splits else None,
             "task_weights": self.pairs("train").task_weights,
             "batches": self.batches,
             "batch_size": self.batch_size,

@@ -25,6 +25,7 @@ from b3_lightning.data.teacher import (
 from b3_lightning.data.vectors import VECTOR_SUFFIXES, check_vectors
 from b3_lightning.mining import MinedPlan, MiningSettings, Processes, Stages, fingerprint, help_mine, mine
 from b3_lightning.mining.plan import LITTLE_OF_THE_WAY
+from b3_lightning.mining.settings import SCORE_FILTERS
 from b3_lightning.mining.store import sha256
 from b3_lightning.mining.whatif import Questions, TaskAnswer, what_if
 from b3_lightning.progress import StageProgress
@@ -258,15 +259,34 @@ def _tell(mined: MinedPlan) -> None:
     summary = mined.summary()
     log.info("mined in %.1f s: %s", summary["seconds"], _in_words(summary))
     way = mined.way_to_hardest()
-    if mined.settings.communities != "none" and way is not None and way < LITTLE_OF_THE_WAY:
-        log.warning(
-            "The batches are %.0f%% of the way from random ones to the hardest possible, so little harder than random "
-            "ones; %.0f%% of the rows have nothing hard in their cluster. "
-            "Raise data.mining.n_ranks or set data.mining.edges=either; where a student mines, it may be too weak "
-            "yet: raise remine.start_epoch",
-            100 * way,
-            100 * summary["n_fillers"] / summary["n_rows"],
-        )
+    if mined.settings.communities == "none" or way is None or (way >= LITTLE_OF_THE_WAY and summary["n_edges"]):
+        return
+    hardness = mined.hardness
+    if hardness["mined"] < hardness["random_masked"]:
+        little = f"easier than random ones (hardness {hardness['mined']:.2f} against {hardness['random_masked']:.2f})"
+    else:
+        little = f"{way:.0%} of the way from random ones to the hardest possible, so little harder than random ones"
+    log.warning(
+        "The batches are %s; %.0f%% of the rows have nothing hard in their cluster. %s; where a student mines, it may "
+        "be too weak yet: raise remine.start_epoch",
+        little,
+        100 * summary["n_fillers"] / summary["n_rows"],
+        _how_to_harden(mined),
+    )
+
+
+def _how_to_harden(mined: MinedPlan) -> str:
+    """What to set, for batches that are hardly hard: score filters may leave nothing of the window."""
+    own = [mined.settings.of_task(name) for name in mined.task_names]
+    filters = sorted({name for settings in own for name in SCORE_FILTERS if getattr(settings, name) is not None})
+    if not filters:
+        return "Raise data.mining.n_ranks or set data.mining.edges=either"
+    n_ranks = torch.tensor([mined.ranks[name].n_ranks for name in mined.task_names])[mined.task_N]
+    left = float(mined.window.hard_NW.sum(dim=1).double().mean())
+    return (
+        f"{', '.join(f'data.mining.{name}' for name in filters)} and the ranks leave {left:.1f} hard negatives a row "
+        f"of {n_ranks.double().mean():.0f}: loosen the filter, or raise data.mining.n_ranks"
+    )
 
 
 def _tell_blind_teacher(mined: MinedPlan) -> None:
@@ -288,4 +308,5 @@ def _in_words(summary: dict[str, float]) -> str:
     return (
         f"{summary['n_edges']:,.0f} edges, {summary['kept_frac']:.1%} of them inside {summary['n_clusters']:,.0f} "
         f"clusters, {summary['n_fillers']:,.0f} fillers; hardness {hardness} (random / mined / best)"
+        + (f"; {lacking:,.0f} hard negatives lacking" if (lacking := summary["n_negatives_lacking"]) else "")
     )

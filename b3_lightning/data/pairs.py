@@ -352,5 +352,9 @@ def count_negatives(pairs: PairTable, wanted: int) -> None:
         raise ValueError(f"data.n_file_negatives={wanted}, but the pairs hold none (column neg_text, neg_image_path)")
     unused = sum(max(0, count - wanted) for count in counts)
     lacking = sum(max(0, wanted - count) for count in counts)
-    if unused or lacking:
-        log.info("data.n_file_negatives=%d: %d of the pairs files' unused, %d lacking", wanted, unused, lacking)
+    if unused:
+        log.info(
+            "%d hard negatives of the pairs files are not trained on: data.n_file_negatives=%d a row", unused, wanted
+        )
+    if lacking:
+        log.info("data.n_file_negatives=%d: the pairs files lack %d of them", wanted, lacking)

@@ -22,7 +22,7 @@ from b3_lightning.data.pairs import (
     load_pairs,
     modality_of,
 )
-from b3_lightning.mining import fingerprint
+from b3_lightning.mining import KnownTargets, fingerprint
 from b3_lightning.types import PADDING
 
 Content = tuple[str, str]
@@ -87,6 +87,11 @@ class Split:
         """What the pairs hold: text, images, both in one item; the first few negatives of every row included."""
         found = {modality_of(item) for side in TEXT_AND_IMAGE for item in self.pairs.items(side)}
         return found | {modality_of(item) for items in self.pairs.negatives for item in items[:n_file_negatives]}
+
+    @cached_property
+    def known(self) -> KnownTargets:
+        """Right answers of the rows that stand in other rows."""
+        return KnownTargets([self.keys[name] for name in ("target", "query", "group")])
 
     @cached_property
     def fingerprint(self) -> str:

@@ -1,5 +1,6 @@
 """From a teacher's vectors to batches of hard negatives: pure functions on tensors, no trainer, no logger."""
 
+from b3_lightning.mining.alike import KnownTargets as KnownTargets
 from b3_lightning.mining.alike import equal as equal
 from b3_lightning.mining.alike import keys_of as keys_of
 from b3_lightning.mining.alike import left_out as left_out

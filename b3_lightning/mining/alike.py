@@ -1,16 +1,98 @@
 """Which rows of a batch are no negatives of one another, for all who score a batch: the loss, and what foretells it.
 
-Shapes: B = rows that are asked about, C = rows of the batch, M = values that a row lists, padded with -1.
+Shapes: N = all rows, B = rows that are asked about, C = rows of the batch, M = values that a row lists, padded with -1;
+P = (query, target) pairs that are known, G = queries that have them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from b3_lightning.types import PADDING
+
+
+class KnownTargets:
+    """Right answers that a row does not hold itself: targets of other rows with its query or its group.
+
+    Those rows are told by their keys. But such a target may stand in rows elsewhere too, and is right there as well:
+    only these targets are listed. Where there are any, ``known[rows]`` gives their keys: (B, M), padded with -1.
+
+    Args:
+        keys: (N,) each, not negative but for -1, none: of the targets first, then what makes rows alike.
+    """
+
+    def __init__(self, keys: Sequence[Tensor]) -> None:
+        tables = [_Table.of(key_N, keys[0]) for key_N in keys[1:]]
+        self._tables = [table for table in tables if table is not None]
+
+    def __bool__(self) -> bool:
+        """Is there any such target?"""
+        return bool(self._tables)
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        return torch.cat([table.of_rows(rows) for table in self._tables], dim=1)
+
+    def to(self, device: torch.device) -> KnownTargets:
+        """The same on a device."""
+        moved = KnownTargets([])
+        moved._tables = [table.to(device) for table in self._tables]
+        return moved
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The targets of query g are the ``count_G[g]`` keys from ``start_G[g]`` on; query 0 has none."""
+
+    query_N: Tensor
+    start_G: Tensor
+    count_G: Tensor
+    target_P: Tensor
+
+    @classmethod
+    def of(cls, key_N: Tensor, target_N: Tensor) -> _Table | None:
+        """Targets of rows with equal keys, where these have several and some other row holds one; None without any."""
+        if len(key_N) == 0:
+            return None
+        has_N, n_targets = key_N != PADDING, int(target_N.max()) + 1
+        pair_P = (key_N[has_N] * n_targets + target_N[has_N]).unique()
+        key_P, target_P = pair_P // n_targets, pair_P % n_targets
+        n_holders_T = torch.bincount(target_P, minlength=n_targets)
+        n_holders_T += torch.bincount(target_N[~has_N], minlength=n_targets)
+        _, query_P, n_targets_G = key_P.unique_consecutive(return_inverse=True, return_counts=True)
+        kept_P = (n_holders_T[target_P] > 1) & (n_targets_G[query_P] > 1)
+        if not kept_P.any():
+            return None
+        key_G, count_G = key_P[kept_P].unique_consecutive(return_counts=True)
+        found_N = torch.searchsorted(key_G, key_N).clamp(max=len(key_G) - 1)
+        query_N = torch.where(key_G[found_N] == key_N, found_N + 1, 0)
+        count_G = torch.cat([count_G.new_zeros(1), count_G])
+        return cls(query_N, count_G.cumsum(0) - count_G, count_G, target_P[kept_P])
+
+    def of_rows(self, rows: slice | Tensor) -> Tensor:
+        """(B, M) keys, padded with -1."""
+        query_B = self.query_N[rows]
+        count_B = self.count_G[query_B]
+        place_M = torch.arange(int(count_B.max()) if len(count_B) else 0, device=count_B.device)
+        place_BM = (self.start_G[query_B][:, None] + place_M).clamp(max=len(self.target_P) - 1)
+        return self.target_P[place_BM].masked_fill(place_M >= count_B[:, None], PADDING)
+
+    def to(self, device: torch.device) -> _Table:
+        parts = (self.query_N, self.start_G, self.count_G, self.target_P)
+        return _Table(*(part.to(device) for part in parts))
+
+
+def exclusions(keys: Sequence[Tensor]) -> list[tuple[Tensor | KnownTargets, Tensor]]:
+    """For the search of neighbours: what no row may have, of the rows themselves.
+
+    Args:
+        keys: as of ``KnownTargets``.
+    """
+    known = KnownTargets(keys)
+    return [*((key_N, key_N) for key_N in keys), *([(known, keys[0])] if known else [])]
 
 
 def equal(own_B: Tensor, other_C: Tensor) -> Tensor:
@@ -32,17 +114,22 @@ def listed(listed_BM: Tensor, value_C: Tensor) -> Tensor:
     return torch.empty_like(inside_BC).index_copy_(1, order_C, inside_BC)
 
 
-def left_out(ids_B: Tensor, ids_C: Tensor, keys: Sequence[Tensor], masked_BM: Tensor | None = None) -> Tensor:
+def left_out(
+    ids_B: Tensor, ids_C: Tensor, keys: Sequence[Tensor], known: KnownTargets, masked_BM: Tensor | None = None
+) -> Tensor:
     """(B, C) bool: what training leaves out, the rows' own targets too.
 
     Args:
         keys: (N,) each, of the targets first; rows with an equal one are alike.
+        known: targets, of these keys.
         masked_BM: rows that a plan masks for each of ``ids_B``, padded with -1; whoever else holds their targets is
             left out as well.
     """
     out_BC = torch.zeros(len(ids_B), len(ids_C), dtype=torch.bool, device=ids_B.device)
     for key_N in keys:
         out_BC |= equal(key_N[ids_B], key_N[ids_C])
+    if known:
+        out_BC |= listed(known[ids_B], keys[0][ids_C])
     return out_BC if masked_BM is None else out_BC | listed(keys_of(masked_BM, keys[0]), keys[0][ids_C])
 
 

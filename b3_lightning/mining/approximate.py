@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from b3_lightning.mining.alike import KnownTargets
 from b3_lightning.mining.cpu import InvertedLists
 from b3_lightning.mining.exact import to_grid
 from b3_lightning.mining.neighbors import Progress, TargetIndex, search_in_tiles, tiles
@@ -39,7 +40,7 @@ def find_neighbors_approximately(
     target_MD: Tensor,
     *,
     n_neighbors: int,
-    exclude: Sequence[tuple[Tensor, Tensor]] = (),
+    exclude: Sequence[tuple[Tensor | KnownTargets, Tensor]] = (),
     min_recall: float = 0.95,
     n_lists: int | None = None,
     n_sampled: int = 1000,
@@ -69,7 +70,8 @@ def find_neighbors_approximately(
         target_keys=[target_key_M for _, target_key_M in exclude],
         memory_budget_gib=memory_budget_gib,
     )
-    search = _ListSearch(exact, exclude, n_lists or round(4 * math.sqrt(len(target_MD))), memory_budget_gib, generator)
+    n_lists = min(n_lists or round(4 * math.sqrt(len(target_MD))), len(target_MD))
+    search = _ListSearch(exact, exclude, n_lists, memory_budget_gib, generator)
     sample = torch.randperm(len(query_ND), generator=generator)[:n_sampled].sort().values
     n_probes, recall = _enough_probes(search, query_ND, sample, min_recall)
 
@@ -110,7 +112,7 @@ class _ListSearch:
     def __init__(
         self,
         exact: TargetIndex,
-        exclude: Sequence[tuple[Tensor, Tensor]],
+        exclude: Sequence[tuple[Tensor | KnownTargets, Tensor]],
         n_lists: int,
         memory_budget_gib: float,
         generator: torch.Generator,

@@ -39,21 +39,24 @@ class Exclusions:
 
         Args:
             score_QC: scores against the targets ``[start, stop)``.
-            query_keys: for every key pair the (Q,) int64 keys of the queries.
+            query_keys: for every key pair the (Q,) int64 keys of the queries, or (Q, M), several each, padded with -1.
             column_of: the column of a target id; absent, columns are in the order of ids.
         """
         columns = column_of or (lambda id_P: id_P - start)
         for sorted_keys, key_Q in zip(self._sorted, query_keys, strict=True):
-            spans = sorted_keys.spans(key_Q, start, stop)
+            if key_Q.numel() == 0:
+                continue
+            n_each = key_Q.numel() // len(key_Q)
+            spans = sorted_keys.spans(key_Q.flatten(), start, stop)
             large_Q = spans.count_Q > _LARGE
             for rows, id_G in sorted_keys.large_groups(spans, large_Q):
                 mask_C = torch.zeros(score_QC.shape[1], dtype=torch.bool, device=score_QC.device)
                 mask_C[columns(id_G)] = True
-                for part in rows.split(_ROWS_AT_ONCE):
+                for part in (rows // n_each).split(_ROWS_AT_ONCE):
                     score_QC[part] = score_QC[part].masked_fill_(mask_C, -torch.inf)
             spans.count_Q.masked_fill_(large_Q, 0)
             for query_P, id_P in sorted_keys.pairs(spans):
-                score_QC[query_P, columns(id_P)] = -torch.inf
+                score_QC[query_P // n_each, columns(id_P)] = -torch.inf
 
 
 class _Spans(NamedTuple):

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from b3_lightning.mining.alike import KnownTargets
 from b3_lightning.mining.candidates import Bounds, Panels, Shortlist, max_candidates
 from b3_lightning.mining.exact import check_unit, missing_keys, order_keys, read_keys, score_candidates, to_grid
 from b3_lightning.mining.exclusions import Exclusions
@@ -54,7 +55,7 @@ def find_neighbors(
     target_MD: Tensor,
     *,
     n_neighbors: int,
-    exclude: Sequence[tuple[Tensor, Tensor]] = (),
+    exclude: Sequence[tuple[Tensor | KnownTargets, Tensor]] = (),
     memory_budget_gib: float = 1.0,
     candidate_dtype: torch.dtype | None = None,
     device: torch.device | None = None,
@@ -66,8 +67,9 @@ def find_neighbors(
     Args:
         query_ND: (N, D), unit norm.
         target_MD: (M, D), unit norm; may lie on disk (torch.from_numpy of a memory map).
-        exclude: pairs of keys, (N,) of the queries and (M,) of the targets, int64; a target is no neighbour of a query
-            that it shares a key with in any pair. A row's own target is kept out by its key.
+        exclude: pairs of keys, (N,) of the queries (or several each, padded with -1) and (M,) of the targets, int64; a
+            target is no neighbour of a query that it shares a key with in any pair. A row's own target is kept out by
+            its key.
         memory_budget_gib: bounds what the search allocates besides its result, and on a GPU besides the targets.
         candidate_dtype: the type of the first product; by default what this machine is fastest at.
         device: that searches; by default where the targets are. The result lies where the queries are.

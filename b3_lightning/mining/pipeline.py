@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from b3_lightning.mining.alike import KnownTargets, exclusions
 from b3_lightning.mining.approximate import find_neighbors_approximately
 from b3_lightning.mining.backends import Backend, choose_backend
 from b3_lightning.mining.batches import BatchPlan, check_batch_size, random_clusters
@@ -32,7 +33,7 @@ from b3_lightning.mining.settings import MiningSettings
 from b3_lightning.mining.stages import Stage, Stages, fingerprint
 from b3_lightning.mining.swaps import improve_by_swaps
 from b3_lightning.mining.window import rank_window
-from b3_lightning.types import Clusters, Communities, Edges, Embeddings, Neighbors, Window, to_device
+from b3_lightning.types import Clusters, Communities, Edges, Embeddings, Neighbors, Window, name_rows, to_device
 
 log = logging.getLogger(__name__)
 
@@ -146,8 +147,7 @@ class Rows:
         for name, values in (("query_keys", query_keys), ("groups", groups)):
             if values is not None:
                 keys.append(_codes(name, values, n_rows)[0])
-        task_N, names = _codes("tasks", ["default"] * n_rows if tasks is None else tasks, n_rows)
-        task_names = tuple(str(name) for name in names)
+        task_N, task_names = _tasks(tasks, n_rows)
         settings.check_tasks(task_names)
         return cls(embeddings, keys, task_N, task_names)
 
@@ -187,7 +187,7 @@ class Search:
         query_ND, target_ND = embeddings.query_ND, embeddings.target_ND
         search |= {
             "n_neighbors": choice.first_rank + choice.n_ranks,
-            "exclude": [(key_N, key_N) for key_N in task.keys],
+            "exclude": exclusions(task.keys),
         }
         if settings.neighbors == "exact":
             ids_NW, scores_NW = find_neighbors(query_ND, target_ND, device=device, **search)
@@ -209,6 +209,7 @@ class Search:
             target=task.embeddings.target_ND,
             keys=torch.stack(list(task.keys)),
             choice=[choice.labels, choice.first_rank + choice.n_ranks],
+            **({"without": "known targets"} if KnownTargets(task.keys) else {}),
             how=[self.settings.neighbors, self.settings.min_recall, self.settings.seed],
         )
         return self.stages.stage("neighbours", content)
@@ -278,14 +279,17 @@ def _log_choice(task: str, n_rows: int, choice: RankChoice) -> None:
 
 
 def _hardness(mined: MinedPlan, rows: Rows, batch_size: int) -> dict[str, float]:
-    """Of batches of the first epoch, mined (without what the plan masks) and random, and the bound."""
+    """Of batches of the first epoch: mined, without what the plan masks; random, with and without it; and the bound."""
     seed = mined.settings.seed
     hardness_of = partial(mean_hardness, rows.embeddings, rows.keys)
     random = replace(mined, clusters=random_clusters(mined.n_rows))
+    random_MB = random.batches(batch_size=batch_size, seed=seed).epoch(0)
+    of_labels = torch.tensor([mined.ranks[name].labels for name in mined.task_names])
     return {
         "mined": hardness_of(mined.batches(batch_size=batch_size, seed=seed).epoch(0), mined.masked_ids),
-        "random": hardness_of(random.batches(batch_size=batch_size, seed=seed).epoch(0)),
-        "best": best_hardness(mined.neighbors, mined.window, batch_size),
+        "random": hardness_of(random_MB),
+        "random_masked": hardness_of(random_MB, mined.masked_ids),
+        "best": best_hardness(mined.neighbors, mined.window, batch_size, of_labels[mined.task_N]),
         "batch_size": batch_size,
     }
 
@@ -301,11 +305,28 @@ def _timed(stage: str, seconds: dict[str, float], progress: Progress | None) -> 
         progress(stage, 1, 1)
 
 
-def _codes(name: str, values: Any, n_rows: int) -> tuple[Tensor, list[Any]]:
-    """Codes in order of first appearance, and the distinct values; every None or NaN is a value of its own."""
+def _tasks(tasks: Values, n_rows: int) -> tuple[Tensor, tuple[str, ...]]:
+    """The task of every row, and the tasks' names in order of first appearance."""
+    if tasks is None:
+        return torch.zeros(n_rows, dtype=torch.int64), ("default",)
+    listed = _listed("tasks", tasks, n_rows)
+    missing = [row for row, value in enumerate(listed) if _is_missing(value)]
+    if missing:
+        raise ValueError(f"tasks names none for {name_rows(missing)}; every row needs one")
+    task_N, names = _codes("tasks", [str(value) for value in listed], n_rows)
+    return task_N, tuple(names)
+
+
+def _listed(name: str, values: Any, n_rows: int) -> list[Any]:
     listed = values.tolist() if isinstance(values, Tensor | np.ndarray) else list(values)
     if len(listed) != n_rows:
         raise ValueError(f"{name} has {len(listed)} values for {n_rows} rows")
+    return listed
+
+
+def _codes(name: str, values: Any, n_rows: int) -> tuple[Tensor, list[Any]]:
+    """Codes in order of first appearance, and the distinct values; every None or NaN is a value of its own."""
+    listed = _listed(name, values, n_rows)
     codes: dict[Any, int] = {}
     code_N = [codes.setdefault((row,) if _is_missing(value) else value, len(codes)) for row, value in enumerate(listed)]
     return torch.tensor(code_N, dtype=torch.int64), list(codes)

@@ -20,10 +20,11 @@ from b3_lightning.mining.batches import BatchPlan
 from b3_lightning.mining.edges import arcs_by_tile
 from b3_lightning.mining.ranks import RankChoice
 from b3_lightning.mining.settings import MiningSettings
+from b3_lightning.mining.stages import fingerprint
 from b3_lightning.mining.store import check_sha256, sha256, write_atomic, write_json
 from b3_lightning.types import PADDING, Clusters, Communities, Edges, Neighbors, Window
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 LITTLE_OF_THE_WAY = 0.1
 """From random batches to the hardest possible: no further, and mining buys little."""
 
@@ -98,14 +99,19 @@ class MinedPlan:
             filler_N[torch.cat([from_A[together_A], to_A[together_A]])] = False
         return filler_N
 
+    def __repr__(self) -> str:
+        told = ("n_rows", "n_edges", "n_clusters", "n_fillers", "hardness_mined")
+        shown = ", ".join(f"{name}={value:g}" for name, value in self.summary().items() if name in told)
+        return f"MinedPlan({shown}, cluster_size={self.clusters.cluster_size}, tasks={list(self.task_names)})"
+
     def way_to_hardest(self) -> float | None:
         """How far the batches are from random ones (0) to the hardest possible (1); None where it was not measured.
 
-        0 too where they are easier than random ones, or where no window leads to harder ones.
+        All without what the plan masks. 0 too where they are easier than random ones, or no window makes them harder.
         """
         if not self.hardness:
             return None
-        whole, gone = (self.hardness[name] - self.hardness["random"] for name in ("best", "mined"))
+        whole, gone = (self.hardness[name] - self.hardness["random_masked"] for name in ("best", "mined"))
         return max(0.0, gone / whole) if whole > 0 else 0.0
 
     def summary(self) -> dict[str, float]:
@@ -161,7 +167,7 @@ class MinedPlan:
             "summary": self.summary(),
             "sha256": {name: sha256(folder / name) for name in _DATA_FILES},
         }
-        write_json(folder / "plan.json", description)
+        write_json(folder / "plan.json", description | {_OWN_SHA256: fingerprint(description=description)})
 
     def _row_table(self) -> pa.Table:
         filled_CK = self.clusters.ids_CK != PADDING
@@ -226,6 +232,7 @@ class MinedPlan:
             )
 
 
+_OWN_SHA256 = "sha256_of_the_rest"
 _DATA_FILES = ("plan.parquet", "edges.parquet", "neighbors.safetensors")
 
 
@@ -234,12 +241,17 @@ def _describe(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         how = f"name its folder, {folder.parent}" if folder.is_file() else "make one with the 'mine' command"
         raise FileNotFoundError(f"{folder} holds no mined plan (no plan.json); {how}")
-    description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON and of UTF-8
+        raise ValueError(f"{path} is damaged ({error}): mine again, or restore it from a backup") from error
     if description.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{path} has format version {description.get('format_version')}; this release reads {FORMAT_VERSION}: "
             "mine again"
         )
+    if description.pop(_OWN_SHA256, "") != fingerprint(description=description):
+        raise ValueError(f"{path} is not what was written: mine again, or restore it from a backup")
     return description
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from b3_lightning.mining.alike import exclusions
 from b3_lightning.mining.groups import permutation
 from b3_lightning.mining.neighbors import find_neighbors, positive_scores
 from b3_lightning.mining.settings import MiningSettings
@@ -49,13 +50,18 @@ class RankChoice:
         return self.first_rank + self.n_ranks - 1
 
 
+def ranks_labels(keys: Sequence[Tensor], settings: MiningSettings) -> bool:
+    """Is this a labels task? ``keys`` as of ``choose_ranks``, of all rows."""
+    few = len(keys[0].unique()) * _ROWS_PER_LABEL <= len(keys[0])
+    return settings.ranked == "labels" or (settings.ranked == "auto" and few)
+
+
 def choose_ranks(embeddings: Embeddings, keys: Sequence[Tensor], settings: MiningSettings) -> RankChoice:
     """Fix what ``settings`` leaves to the data; ``keys``: (N,) each, of targets, then what else makes rows alike."""
     n_rows, n_targets = len(embeddings), len(keys[0].unique())
-    labels = settings.ranked == "labels" or (settings.ranked == "auto" and n_targets * _ROWS_PER_LABEL <= n_rows)
     by_size = max(1, min(40 + 2 * settings.cluster_size, n_rows // 10))
     n_ranks = by_size if isinstance(settings.n_ranks, str) else settings.n_ranks
-    if labels:
+    if ranks_labels(keys, settings):
         n_ranks = max(1, min(n_ranks, -(-int(settings.label_share * 1e6) * (n_targets - 1) // 10**6)))
         reason = f"{n_targets} targets serve {n_rows} rows, so labels are ranked: the nearest {n_ranks} others are hard"
         return RankChoice(True, 0, n_ranks, reason)
@@ -66,9 +72,11 @@ def choose_ranks(embeddings: Embeddings, keys: Sequence[Tensor], settings: Minin
 
 def _estimate(embeddings: Embeddings, keys: Sequence[Tensor], n_ranks: int, seed: int) -> RankChoice:
     n_looked_at = min(_N_RANKS, max(1, len(embeddings) // 10))
-    evidence_SW, reliable = _evidence(embeddings, keys, n_looked_at, seed)
+    near_SW, beaten_SW, reliable = _evidence(embeddings, keys, n_looked_at, seed)
+    evidence_SW = near_SW | beaten_SW
     share_W = evidence_SW.double().mean(dim=0)
-    by_chance = share_W[-max(1, n_looked_at // 4) :].mean()
+    # a score above the positive's can be chance, a nearly identical text cannot, however far such a family reaches
+    by_chance = (beaten_SW & ~near_SW)[:, -max(1, n_looked_at // 4) :].double().mean()
     width = min(_SMOOTHED, max(1, n_looked_at // 4))
     smooth_W = (share_W - by_chance).unfold(0, width, 1).mean(dim=1)
     clean = ((smooth_W < _SUSPICIOUS_SHARE) & (by_chance <= _MOST_BY_CHANCE)).nonzero().flatten()
@@ -86,25 +94,27 @@ def _estimate(embeddings: Embeddings, keys: Sequence[Tensor], n_ranks: int, seed
     return RankChoice(False, first_rank, n_ranks, reason, tuple(share_W.tolist()))
 
 
-def _evidence(embeddings: Embeddings, keys: Sequence[Tensor], n_ranks: int, seed: int) -> tuple[Tensor, bool]:
-    """(S, W) bool: is the target at this rank likely to be right too? And: did scores above the positive's count?"""
+def _evidence(embeddings: Embeddings, keys: Sequence[Tensor], n_ranks: int, seed: int) -> tuple[Tensor, Tensor, bool]:
+    """(S, W) bool each: is the target at this rank, or its query, nearly the row's own; does it score above the
+    positive, where that counts as evidence? And: does it count?"""
     query_ND, target_ND = embeddings.query_ND, embeddings.target_ND
     order = permutation(len(embeddings), seed, keys[0].device)
     sample, other = order[:_N_SAMPLED], order.roll(1)[:_N_SAMPLED]
     ids_SW, score_SW = find_neighbors(
-        query_ND[sample], target_ND, n_neighbors=n_ranks, exclude=[(key_N[sample], key_N) for key_N in keys]
+        query_ND[sample],
+        target_ND,
+        n_neighbors=n_ranks,
+        exclude=[(key_N[sample], target_key_N) for key_N, target_key_N in exclusions(keys)],
     )
-    evidence_SW = torch.zeros_like(ids_SW, dtype=torch.bool)
+    alike_SW = torch.zeros_like(ids_SW, dtype=torch.bool)
     for vector_ND in (query_ND, target_ND):
         nearly_identical = near_distance(vector_ND, sample, other)
         pairs = zip(ids_SW.clamp(min=0), sample, strict=True)
         near_SW = torch.stack([vector_ND[ids_W] @ vector_ND[row] for ids_W, row in pairs])
-        evidence_SW |= 1 - near_SW < nearly_identical
+        alike_SW |= 1 - near_SW < nearly_identical
     beaten_SW = score_SW > positive_scores(query_ND[sample], target_ND[sample])[:, None]
     reliable = bool(beaten_SW[:, 0].double().mean() < 0.5)
-    if reliable:
-        evidence_SW |= beaten_SW
-    return evidence_SW & (ids_SW != PADDING), reliable
+    return alike_SW & (ids_SW != PADDING), beaten_SW & (ids_SW != PADDING) & reliable, reliable
 
 
 def near_distance(vector_ND: Tensor, sample: Tensor, other: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from b3_lightning.mining import cpu, gpu
+from b3_lightning.mining.alike import KnownTargets
 from b3_lightning.mining.exact import missing_keys, order_keys, read_keys, score_candidates, to_grid
 from b3_lightning.mining.groups import permutation
 from b3_lightning.mining.neighbors import Progress, TargetIndex, search_in_tiles
@@ -51,7 +52,9 @@ class Reranker:
         exclude: as of ``find_neighbors``.
     """
 
-    def __init__(self, exact: TargetIndex, exclude: Sequence[tuple[Tensor, Tensor]], memory_budget_gib: float) -> None:
+    def __init__(
+        self, exact: TargetIndex, exclude: Sequence[tuple[Tensor | KnownTargets, Tensor]], memory_budget_gib: float
+    ) -> None:
         self.exact, self._budget_gib = exact, memory_budget_gib
         device = exact.device
         self._keys = [(query_key_N.to(device), target_key_M.to(device)) for query_key_N, target_key_M in exclude]
@@ -64,7 +67,9 @@ class Reranker:
         """(Q, W) ids and scores, and how many rows were searched exactly; ``rows`` are the numbers of the queries."""
         eligible_QV = ids_QV >= 0
         for query_key_N, target_key_M in self._keys:
-            eligible_QV &= target_key_M[ids_QV.clamp(min=0)] != query_key_N[rows][:, None]
+            key_QV = target_key_M[ids_QV.clamp(min=0)]
+            for query_key_Q in query_key_N[rows].view(len(rows), -1).unbind(1):
+                eligible_QV &= key_QV != query_key_Q[:, None]
         ids_QW, scores_QW = read_keys(self._best(query_QD, ids_QV, eligible_QV))
         short = (eligible_QV.sum(dim=1) < self.exact.n_neighbors).nonzero().flatten()
         if len(short):
@@ -72,11 +77,12 @@ class Reranker:
         return ids_QW, scores_QW, len(short)
 
     def recall(self, found_SW: Tensor, expected_SW: Tensor) -> float:
-        """The share of the expected ids that were found."""
+        """The share of the expected ids that were found; 1 where none was expected."""
         # an id stands at most once in a row
         both = torch.cat([found_SW, expected_SW], dim=1).sort(dim=1).values
         n_common = int(((both[:, 1:] == both[:, :-1]) & (both[:, 1:] >= 0)).sum())
-        return n_common / max(1, int((expected_SW >= 0).sum()))
+        n_expected = int((expected_SW >= 0).sum())
+        return n_common / n_expected if n_expected else 1.0
 
     def _keys_of(self, rows: Tensor) -> list[Tensor]:
         return [query_key_N[rows] for query_key_N, _ in self._keys]
@@ -104,7 +110,7 @@ def find_neighbors_with(
     target_MD: Tensor,
     *,
     n_neighbors: int,
-    exclude: Sequence[tuple[Tensor, Tensor]] = (),
+    exclude: Sequence[tuple[Tensor | KnownTargets, Tensor]] = (),
     min_recall: float = 0.95,
     n_sampled: int = 1000,
     seed: int = 0,

@@ -15,6 +15,7 @@ Ranked = Literal["auto", "rows", "labels"]
 NegativesOf = Literal["cluster", "row"]
 AUTO = "auto"
 MAX_LEVEL = 500
+SCORE_FILTERS = ("max_relative_score", "min_margin", "max_score", "min_score")
 
 _OF_THE_WHOLE_PLAN = (
     "cluster_size", "n_negatives", "neighbors", "min_recall", "backend", "graph_gpus", "seed",

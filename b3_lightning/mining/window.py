@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from b3_lightning.mining.alike import keys_of
+from b3_lightning.mining.neighbors import tiles
 from b3_lightning.mining.settings import MiningSettings
 from b3_lightning.types import PADDING, Neighbors, Window
 
@@ -27,29 +28,36 @@ def rank_window(
     """Mark the ranks ``[first_rank, first_rank + n_ranks)`` that pass the score filters of ``settings``.
 
     Args:
-        target_key_N: given, a target that other rows hold too is on one side of the window's beginning with all its
-            copies, the near one, since what is masked is masked whichever row holds it.
+        target_key_N: given, a target that is masked and that other rows hold too is so with all its copies, and none of
+            them is hard, since what is masked is masked whichever row holds it.
     """
     rank_W = torch.arange(neighbors.ids_NW.shape[1], device=neighbors.ids_NW.device)
     filled_NW = neighbors.ids_NW != PADDING
     similar_NW = _too_similar(neighbors, settings)
     before_NW = (rank_W < first_rank).expand_as(filled_NW)
-    if target_key_N is not None and 0 < first_rank <= len(rank_W):
-        before_NW = before_NW | _copies_of_last(neighbors, first_rank, target_key_N)
-    hard_NW = filled_NW & ~before_NW & (rank_W < first_rank + n_ranks) & ~similar_NW
+    masked_NW = filled_NW & (before_NW | similar_NW)
+    if target_key_N is not None:
+        masked_NW |= _copies(masked_NW, neighbors, target_key_N)
+    hard_NW = filled_NW & (rank_W < first_rank + n_ranks) & ~masked_NW
     if settings.min_score is not None:
         hard_NW &= neighbors.scores_NW >= settings.min_score
-    return Window(hard_NW, filled_NW & (before_NW | similar_NW))
+    return Window(hard_NW, masked_NW)
 
 
-def _copies_of_last(neighbors: Neighbors, first_rank: int, target_key_N: Tensor) -> Tensor:
-    """(N, W) bool: the ranks from ``first_rank`` on that hold the target before them; copies score alike: in a row."""
-    copy_NW = torch.zeros_like(neighbors.ids_NW, dtype=torch.bool)
-    last_N = keys_of(neighbors.ids_NW[:, first_rank - 1], target_key_N)
-    for rank in range(first_rank, neighbors.ids_NW.shape[1]):
-        copy_NW[:, rank] = (keys_of(neighbors.ids_NW[:, rank], target_key_N) == last_N) & (last_N != PADDING)
-        if not copy_NW[:, rank].any():
-            break
+def _copies(marked_NW: Tensor, neighbors: Neighbors, target_key_N: Tensor) -> Tensor:
+    """(N, W) bool: the entries that hold a target that a marked one of the same row holds.
+
+    Copies need not follow one another: spellings that a teacher sees alike tie with them.
+    """
+    copy_NW = torch.zeros_like(marked_NW)
+    several_T = torch.bincount(target_key_N) > 1
+    if not several_T.any():
+        return copy_NW
+    for tile in tiles(len(neighbors)):
+        key_QW = keys_of(neighbors.ids_NW[tile], target_key_N)
+        several_QW = several_T[key_QW.clamp(min=0)] & (key_QW != PADDING)
+        code_QW = key_QW + torch.arange(len(key_QW), device=key_QW.device)[:, None] * len(several_T)
+        copy_NW[tile] = several_QW & torch.isin(code_QW, code_QW[several_QW & marked_NW[tile]])
     return copy_NW
 
 

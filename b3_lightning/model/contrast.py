@@ -44,8 +44,8 @@ def contrast_batch(
         query_BD: unit vectors, as many rows in every process.
         negative_ND: of hard negatives; any vector stands where one is lacking.
         batch: ids and keys of the rows (``row_B``, ``query_key_B``, ``target_key_B``, ``group_key_B``) and of the
-            negatives (``negative_row_N``, -1 for a lacking one, ...), and ``masked_BM``, the keys of targets that a
-            plan lists.
+            negatives (``negative_row_N``, -1 for a lacking one, ...), ``known_BM``, the keys of targets of rows
+            with the same query or group, and ``masked_BM``, of those that a plan lists.
         rank: of this process.
     """
     rows = Rows.of(batch)
@@ -56,7 +56,8 @@ def contrast_batch(
         about_C4 = torch.cat([about_C4, gather_rows(torch.stack(Rows.of_negatives(batch), dim=1))])
     columns = Rows(*about_C4.unbind(1))
     score_BC = query_BD.detach() @ column_CD.detach().T
-    ignore_BC = ignored_columns(score_BC, rows, columns, batch.get("masked_BM"), settings, first_row)
+    known_BM, masked_BM = batch.get("known_BM"), batch.get("masked_BM")
+    ignore_BC = ignored_columns(score_BC, rows, columns, known_BM, masked_BM, settings, first_row)
     directions = [Direction(query_BD, column_CD, ignore_BC)]
     if settings.symmetric:
         # which queries leave out this process's targets, the processes of those queries know

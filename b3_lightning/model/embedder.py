@@ -18,6 +18,11 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from b3_lightning.model.adapters import complete_adapter, keep_in_float32
 from b3_lightning.model.fused import FusedEmbedder
 
+_MERGE = (
+    ": where it is the export of a run with model.lora, go on in that run by --ckpt_path, or export it anew with "
+    "--run.merge_adapter=true and begin from that"
+)
+
 
 @dataclass(frozen=True)
 class SmallEmbedder:
@@ -246,6 +251,10 @@ def _add_lora(model: SentenceTransformer, lora: LoraSettings) -> None:
         init_lora_weights="gaussian" if lora.init == "gaussian" else True,
         target_modules=lora.target_modules,
     )
+    if has_adapter(model):
+        raise ValueError(
+            f"model.lora adds an adapter, and model.embedder has one{_MERGE}; only to use it, set model.lora=null"
+        )
     try:
         model.add_adapter(config)
     except NoMatchingPeftModuleError as error:
@@ -257,13 +266,20 @@ def _add_lora(model: SentenceTransformer, lora: LoraSettings) -> None:
     keep_in_float32(model)
 
 
-def check_trained_dtype(model: SentenceTransformer, precision: str) -> None:
-    """Refuse to train weights below float32, unless the trainer's precision asks for that.
+def has_adapter(model: torch.nn.Module) -> bool:
+    """Did the model come with an adapter of its own? transformers freezes it, and all weights beneath."""
+    return any(getattr(module, "_hf_peft_config_loaded", False) for module in model.modules())
+
+
+def check_trained(model: SentenceTransformer, precision: str) -> None:
+    """Refuse to train nothing, or weights below float32, unless the trainer's precision asks for that.
 
     Raises:
         ValueError: naming such weights.
     """
     trained = {name: weight.dtype for name, weight in model.named_parameters() if weight.requires_grad}
+    if not trained:
+        raise ValueError(f"all weights of model.embedder are frozen, so there is nothing to train{_MERGE}")
     low = {name: dtype for name, dtype in trained.items() if torch.finfo(dtype).bits < 32}
     if low and precision not in ("bf16-true", "16-true"):
         name, dtype = next(iter(low.items()))

@@ -115,17 +115,23 @@ def info_nce(
     return F.cross_entropy(logits_BC, positive_B)
 
 
-def same_key(rows: Rows, columns: Rows) -> Tensor:
-    """(B, C) bool: column c holds row b's own target, or that of a row with the same query or group."""
+def same_key(rows: Rows, columns: Rows, known_BM: Tensor | None = None) -> Tensor:
+    """(B, C) bool: column c holds row b's own target, or that of a row with the same query or group.
+
+    Args:
+        known_BM: keys of targets of rows with the same query or group, which other rows may hold too; padded with -1.
+    """
     same_BC = equal(rows.target_key_B, columns.target_key_B)
     same_BC |= equal(rows.query_key_B, columns.query_key_B)
-    return same_BC | equal(rows.group_key_B, columns.group_key_B)
+    same_BC |= equal(rows.group_key_B, columns.group_key_B)
+    return same_BC if known_BM is None else same_BC | listed(known_BM, columns.target_key_B)
 
 
 def ignored_columns(
     score_BC: Tensor,
     rows: Rows,
     columns: Rows,
+    known_BM: Tensor | None,
     masked_BM: Tensor | None,
     settings: LossSettings,
     first_row: int,
@@ -133,11 +139,12 @@ def ignored_columns(
     """(B, C) bool: the columns that are no negatives of a query; never its positive.
 
     Args:
+        known_BM: as of ``same_key``.
         masked_BM: keys of the targets that a plan lists for each row, padded with -1.
     """
     ignore_BC = (columns.row_B < 0)[None].expand(score_BC.shape)
     if settings.mask_same:
-        ignore_BC = ignore_BC | same_key(rows, columns)
+        ignore_BC = ignore_BC | same_key(rows, columns, known_BM)
     if settings.mask_planned and masked_BM is not None:
         # a negative of the pairs file was called one by somebody who knows more than the plan
         ignore_BC = ignore_BC | (listed(masked_BM, columns.target_key_B) & (columns.row_B != OF_FILE))

@@ -30,7 +30,7 @@ from b3_lightning.model.embedder import (
     LoraSettings,
     SmallEmbedder,
     check_supports,
-    check_trained_dtype,
+    check_trained,
     load_embedder,
     small_vocabulary,
 )
@@ -215,7 +215,7 @@ class ContrastiveModule(L.LightningModule):
                 temperature=temperature,
                 rank=self.global_rank,
             )
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(query_BD))
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(query_BD), sync_dist=True)
         self.log("train/learning_rate", self.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
         if isinstance(temperature, Tensor):
             self.log("train/temperature", temperature.detach())
@@ -262,7 +262,9 @@ class ContrastiveModule(L.LightningModule):
         self.metrics.update(query_BD, target_BD, row_B=rows.row_B, **keys)
         with torch.autocast(self.device.type, enabled=False):
             score_BB = query_BD @ target_BD.T
-            loss = info_nce(score_BB, temperature=self.temperature(), ignore_BC=same_key(rows, rows))
+            loss = info_nce(
+                score_BB, temperature=self.temperature(), ignore_BC=same_key(rows, rows, batch.get("known_BM"))
+            )
         self.log(f"{split}/loss", loss, batch_size=len(query_BD), sync_dist=True)
 
     def _begin_evaluation(self) -> None:
@@ -307,7 +309,7 @@ class ContrastiveModule(L.LightningModule):
         }
 
     def configure_optimizers(self) -> Any:
-        check_trained_dtype(self.embedder, str(self.trainer.precision))
+        check_trained(self.embedder, str(self.trainer.precision))
         self.optim.check_end(self.trainer.max_epochs, self.trainer.max_steps)
         self.optim.check_clippable(self.trainer.precision_plugin, self.trainer.gradient_clip_val)
         optimizer = self.optim.make(self.embedder, self.temperature)

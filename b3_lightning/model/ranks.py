@@ -10,6 +10,7 @@ from torch import Tensor
 
 TOP_K = (1, 5, 10)
 _TILE = 1024
+_TIE = 1e-6
 
 
 def positive_ranks(query_ND: Tensor, target_MD: Tensor, query_key_M: Tensor, target_key_M: Tensor) -> Tensor:
@@ -17,7 +18,8 @@ def positive_ranks(query_ND: Tensor, target_MD: Tensor, query_key_M: Tensor, tar
 
     The queries are those of the first N of M pairs; of the others, the targets are ranked alone.
     Rows with equal target keys hold one target. Other targets of the same query are positives too, so they are not
-    counted. A tie counts against the query, so that a collapsed embedder scores 0.
+    counted. A tie counts against the query, so that a collapsed embedder scores 0; scores within 1e-6 are tied, since
+    equal vectors need not score alike to the last bit.
     """
     _, target_of_M = target_key_M.unique(return_inverse=True)
     first_U = torch.full((int(target_of_M.max()) + 1,), len(target_MD), dtype=torch.int64, device=target_MD.device)
@@ -38,7 +40,7 @@ def positive_ranks(query_ND: Tensor, target_MD: Tensor, query_key_M: Tensor, tar
         within_P = torch.arange(len(query_P), device=row_Q.device) - (size_Q.cumsum(0) - size_Q)[query_P]
         sibling_P = order_M[start_G[group_Q][query_P] + within_P]
         score_QU[query_P, target_of_M[sibling_P]] = -torch.inf
-        ranks.append((score_QU >= own_Q).sum(dim=1))
+        ranks.append((score_QU >= own_Q - _TIE).sum(dim=1))
     return torch.cat(ranks)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,16 @@ def print_outcome(trainer: L.Trainer, folder: Path, *, offline: bool) -> None:
         for name in SHOWN:
             table.add_row(name, f"{best[name]:.4f}", f"{float(trainer.callback_metrics[name]):.4f}")
         console.print(table)
-    console.print(f"run      {folder}  (config.yaml, metrics.csv, checkpoints)")
+    say = partial(console.print, soft_wrap=True)  # paths and commands are copied: the terminal may break them, no line
+    say(f"run      {folder}  (config.yaml, metrics.csv, checkpoints)")
     which = "last" if best_checkpoint(trainer) is None else "best"
-    console.print(f"export   {folder / 'export'}  (the {which} weights; SentenceTransformer loads it)")
+    if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        say(f"export   {folder / 'export'}  (the {which} weights; SentenceTransformer loads it)")
     if any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
-        note = f"offline; upload with: wandb sync {folder}/wandb/offline-run-*" if offline else "online"
-        console.print(f"W&B      {folder / 'wandb'}  ({note})")
-    console.print("next     python -m b3_lightning compare RUN RUN ...  |  --data.batches=random for the baseline arm")
+        sync = f"wandb sync {shlex.quote(str(folder))}/wandb/offline-run-*"
+        note = f"offline; upload with: {sync}" if offline else "online"
+        say(f"W&B      {folder / 'wandb'}  ({note})")
+    say("next     python -m b3_lightning compare RUN RUN ...  |  --data.batches=random for the baseline arm")
 
 
 def print_scores(scores: Mapping[str, Any], metrics: RetrievalMetrics, split: str) -> None:

@@ -121,12 +121,19 @@ const ORDERS = {
   id: (a, b) => a.id - b.id,
 };
 
+// "#7" and "cluster 7" name one row and one cluster, not 70 as well
+function holds(cluster, word) {
+  if (/^#\d+$/.test(word)) return cluster.rows.some((row) => `#${row[ID]}` === word);
+  const named = word.match(/^cluster (\d+)$/);
+  return named ? cluster.id === Number(named[1]) : cluster.words.includes(word);
+}
+
 function update() {
-  words = control("search").value.toLowerCase().split(/\s+/).filter(Boolean);
+  words = control("search").value.toLowerCase().match(/cluster \d+(?!\S)|\S+/g) || [];
   const task = control("task") ? control("task").value : "";
   const why = control("why").value;
   found = data.clusters.filter((cluster) =>
-    words.every((word) => cluster.words.includes(word)) &&
+    words.every((word) => holds(cluster, word)) &&
     (task === "" || cluster.task === Number(task)) && (why === "" || cluster.why === why));
   found.sort((a, b) => ORDERS[control("order").value](a, b) || a.id - b.id);
   holder.replaceChildren();

@@ -23,6 +23,7 @@ _MEANING = {
     "n_negatives_lacking": "hard negatives that could not be drawn",
     "hardness_mined": "the teacher's mean InfoNCE loss in the mined batches",
     "hardness_random": "the same in random batches",
+    "hardness_random_masked": "the same in random batches, without what the plan masks",
     "hardness_best": "the same if every row had its own hardest negatives",
     "seconds": "seconds, embedding not counted",
 }

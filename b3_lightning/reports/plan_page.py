@@ -87,7 +87,9 @@ def _findings(mined: MinedPlan, figures: PlanFigures, suspected: int) -> str:
     """What the figures mean, in sentences, each marked as fine or to be looked at."""
     said: list[tuple[bool, str]] = []
     way = mined.way_to_hardest()
-    if way is not None:
+    if way is not None and mined.hardness["mined"] < mined.hardness["random_masked"]:
+        said.append((False, "The batches are easier than random ones: see how much of the window score filters leave."))
+    elif way is not None:
         said.append(
             (way > LITTLE_OF_THE_WAY, f"The batches are {way:.0%} of the way from random to the hardest possible.")
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from b3_lightning.reports.offline import is_number, read_offline_run
@@ -57,8 +57,9 @@ class Run:
         return max(there, key=lambda row: sign * row[metric])
 
     def points(self, metric: str, axis: str) -> list[tuple[float, float]]:
-        """(x, value) of every row that holds both, by x."""
-        return sorted((row[axis], row[metric]) for row in self.rows if metric in row and axis in row)
+        """(x, value) of every row that holds both, by x; steps as they are counted, from 1."""
+        first = 1 if axis == "step" else 0  # Lightning logs what comes after a step under the steps before it
+        return sorted((row[axis] + first, row[metric]) for row in self.rows if metric in row and axis in row)
 
 
 def load_runs(given: Sequence[str]) -> list[Run]:
@@ -118,10 +119,17 @@ def csv_parts(folder: Path) -> list[Path]:
 
 
 def read_csv_rows(path: Path) -> list[dict[str, float]]:
-    """The numbers of each row; a row that a full disk or a kill cut off is left out."""
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1].splitlines()
-    rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(whole)]
+    """The numbers of each row; a row that a full disk or a kill cut off is left out.
+
+    Raises:
+        ValueError: where anything else is wrong with the file.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1].splitlines()
+        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(whole)]
+    except (ValueError, TypeError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged ({error}): copy it again, or leave this run out") from error
     return [{key: value for key, value in row.items() if is_number(value)} for row in rows]
 
 
@@ -129,8 +137,18 @@ def read_csv_run(folder: Path) -> Run:
     """A run by its folder's metrics.csv and those of earlier starts."""
     rows = _joined(read_csv_rows(part) for part in csv_parts(folder))
     path = folder / "config.yaml"
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return Run(folder.resolve().name, str(folder), flat(config or {}), rows, read_ranks(folder))
+    config = _read_config(path) if path.is_file() else {}
+    return Run(folder.resolve().name, str(folder), flat(config), rows, read_ranks(folder))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): copy it again, or leave this run out") from error
+    if not isinstance(config, dict | None):
+        raise ValueError(f"{path} is no config of a run: copy it again, or leave this run out")
+    return config or {}
 
 
 def _from_server(given: str) -> Iterator[Run]:
@@ -154,12 +172,21 @@ def _from_server(given: str) -> Iterator[Run]:
 
 
 def read_ranks(folder: Path) -> Ranks | None:
-    """What ``fit`` kept of its best validation, query by query."""
+    """What ``fit`` kept of its best validation, query by query.
+
+    Raises:
+        ValueError: where the file is damaged.
+    """
     path = folder / "val_ranks.safetensors"
     if not path.is_file():
         return None
-    with safe_open(path, "pt") as file:
-        return Ranks(file.get_tensor("row"), file.get_tensor("rank"), file.metadata()["pairs"])
+    try:
+        with safe_open(path, "pt") as file:
+            return Ranks(file.get_tensor("row"), file.get_tensor("rank"), file.metadata()["pairs"])
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): copy it again, or remove it, and the run is compared without intervals"
+        ) from error
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:

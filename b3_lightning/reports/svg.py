@@ -141,9 +141,12 @@ def bars(axes: Axes, listed: Sequence[Bar]) -> str:
     for index, bar in enumerate(listed):
         y = TOP + index * step
         width = max(2.0, (WIDTH - 74) * bar.value / high)
+        round_ = min(4.0, width)
+        side = width - round_
         parts.append(f'<text class="name" x="0" y="{y + 8}">{escape(bar.name)}</text>')
         parts.append(
-            f'<path class="f{bar.color}" d="M0 {y + 15}h{width - 4:.1f}q4 0 4 4v8q0 4 -4 4h-{width - 4:.1f}z"/>'
+            f'<path class="f{bar.color}" d="M0 {y + 15}h{side:.1f}q{round_:.1f} 0 {round_:.1f} 4v8'
+            f'q0 4 {-round_:.1f} 4h{-side:.1f}z"/>'
         )
         parts.append(f'<text class="value" x="{width + 7:.1f}" y="{y + 28}">{escape(bar.shown)}</text>')
     return _figure(axes, "".join(parts), [], height=TOP + len(listed) * step)
@@ -255,12 +258,15 @@ def _figure(axes: Axes, drawn: str, legend: list[str], height: int = HEIGHT) -> 
 
 
 def _ticks(low: float, high: float, n: int) -> list[float]:
-    """Round numbers around a range."""
+    """Round numbers around a range; whole ones between whole ends."""
+    whole = float(low).is_integer() and float(high).is_integer()
     if high <= low:
         low, high = low - abs(low) * 0.1 - 1e-9, high + abs(high) * 0.1 + 1e-9
     rough = (high - low) / n
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(nice * power for nice in (1, 2, 2.5, 5, 10) if nice * power >= rough * (1 - 1e-9))
+    if whole:
+        step = float(math.ceil(step))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(index * step, 12) for index in range(first, last + 1)]
 

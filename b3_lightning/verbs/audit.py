@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, help="deal plain pairs into random batches of this size first")
     parser.add_argument("--in_order", action="store_true", help="with --batch_size: successive rows instead of random")
     parser.add_argument("--vectors", help="a teacher's: .npy of shape (2, rows, dimensions), .safetensors or .parquet")
-    parser.add_argument("--margin", type=float, default=0.0, help="suspect above the positive plus this (default: 0)")
+    parser.add_argument(
+        "--margin", type=float, help="with --vectors: suspect above the positive plus this (default: 0)"
+    )
     parser.add_argument("--output", type=Path, help="a .parquet file for the offending rows")
     parser.add_argument("--strict", action="store_true", help="what is only worth a look counts as wrong too")
 
@@ -41,6 +43,8 @@ def run(given: argparse.Namespace) -> None:
     unclear = [entry for entry in given.columns if entry.count("=") != 1]
     if unclear:
         raise ValueError(f"--columns {' '.join(unclear)}: write OURS=THEIRS, such as qry=question")
+    if given.margin is not None and given.vectors is None:
+        raise ValueError("--margin says what the teacher's vectors make suspect: give --vectors too")
     if given.in_order and given.batch_size is None:
         raise ValueError("--in_order says how rows are dealt into batches: give --batch_size too")
     if given.output is not None:
@@ -51,7 +55,7 @@ def run(given: argparse.Namespace) -> None:
     found = audit(pairs) + ([] if dealt else uneven(pairs))
     if given.vectors is not None:
         vectors = _vectors(given.vectors, pairs)
-        more, n_unknown = suspect(pairs, vectors, margin=given.margin, fillers=not dealt and bool(pairs.batches))
+        more, n_unknown = suspect(pairs, vectors, margin=given.margin or 0.0, easy=not dealt and bool(pairs.batches))
         found += more
         if n_unknown:
             console.print(f"{n_unknown:,} negatives are no row's target, so they have no vector and were not scored")

@@ -41,7 +41,9 @@ def run(given: argparse.Namespace) -> None:
         left = f"{written.n_carried} rows fill none in the last epoch and are not in the file"
     console = Console(highlight=False)
     console.print(
-        f"{written.n_batches} batches of {given.batch_size} in {written.n_rows} rows: {given.output}", markup=False
+        f"{written.n_batches} batches of {given.batch_size} in {written.n_rows} rows: {given.output}",
+        markup=False,
+        soft_wrap=True,
     )
     console.print(left)
     console.print("that these pairs are those that were mined, only their number was checked for", style="dim")

@@ -1,0 +1,110 @@
+"""Where a run saves within an epoch, so that what goes on from there trains on all of it and knows its best."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from b3_lightning import B3Trainer, ContrastiveModule, PairsDataModule
+from b3_lightning.checkpoints import BestCheckpoint, CheckedCheckpointIO, LastCheckpoint, StepCheckpoint
+from b3_lightning.model import OptimSettings, SmallEmbedder
+
+KEPT = Path("kept")
+ABOUT: dict[str, Any] = {"dirpath": KEPT, "filename": "last", "enable_version_counter": False}  # as ``fit`` has them
+
+
+@pytest.fixture(autouse=True)
+def pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """96 rows, six batches of 16 an epoch."""
+    monkeypatch.chdir(tmp_path)
+    rows = {
+        "qry": [f"question {row} of {row % 7}" for row in range(96)],
+        "pos_text": [f"row {row}" for row in range(96)],
+    }
+    pq.write_table(pa.table(rows), "pairs.parquet")
+
+
+class Steps(L.Callback):
+    """The step of every training batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append(trainer.global_step)
+
+
+class Stop(L.Callback):
+    """As EarlyStopping does, after the second validation."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.should_stop = trainer.global_step >= 4
+
+
+class Recorded(StepCheckpoint):
+    """Notes the steps at which it saves."""
+
+    def __init__(self) -> None:
+        super().__init__(**ABOUT, every_n_train_steps=2)
+        self.saved: list[int] = []
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        self.saved.append(trainer.global_step)
+        super()._save_checkpoint(trainer, filepath)
+
+
+def fit(*callbacks: L.Callback, validate: bool = True, ckpt_path: str | None = None, **about: Any) -> None:
+    data = PairsDataModule(
+        train_pairs="pairs.parquet", val_pairs="pairs.parquet" if validate else None, batches="random", batch_size=16
+    )
+    trainer = B3Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        enable_checkpointing=True, plugins=[CheckedCheckpointIO()], callbacks=list(callbacks), **about,
+    )  # fmt: skip
+    optim = OptimSettings(learning_rate=0.01, schedule="constant", warmup_frac=0.0)
+    trainer.fit(ContrastiveModule(SmallEmbedder(), optim=optim), data, ckpt_path=ckpt_path)
+
+
+@pytest.mark.parametrize(
+    ("about", "saved"),
+    [
+        ({"val_check_interval": 2, "validate": False, "max_epochs": 1}, [2, 4]),
+        ({"val_check_interval": 2, "check_val_every_n_epoch": 2, "max_epochs": 2}, [2, 4, 8, 10]),
+        ({"val_check_interval": 2, "max_epochs": 1}, [2, 4]),
+        ({"max_epochs": 1}, [2, 4]),
+    ],
+    ids=["nothing to validate", "another epoch", "after validation", "at the end"],
+)
+def test_every_so_many_steps_whether_a_validation_follows_or_not(about: dict[str, Any], saved: list[int]) -> None:
+    recorded = Recorded()
+    fit(recorded, **about)
+    assert recorded.saved == saved
+
+
+def keepers() -> list[L.Callback]:
+    best = BestCheckpoint(
+        dirpath=KEPT, monitor="val/mrr", mode="max", filename="best-{step}", save_on_train_epoch_end=False
+    )
+    return [best, LastCheckpoint(**ABOUT, save_on_train_epoch_end=True)]
+
+
+def test_what_ends_at_max_steps_knows_the_validation_of_its_last_step() -> None:
+    fit(*keepers(), val_check_interval=2, max_epochs=1, max_steps=4)
+    [best] = KEPT.glob("best-*.ckpt")
+    assert best.name == "best-step=4.ckpt"
+    state = CheckedCheckpointIO().load_checkpoint(KEPT / "last.ckpt")["callbacks"]
+    known = next(one for name, one in state.items() if name.startswith("BestCheckpoint"))
+    assert Path(known["best_model_path"]).name == best.name
+
+
+def test_what_a_validation_stops_within_an_epoch_goes_on_with_the_rest_of_it() -> None:
+    first, second = Steps(), Steps()
+    fit(first, Stop(), *keepers(), val_check_interval=2, max_epochs=2)
+    assert first.seen == [1, 2, 3, 4]
+    fit(second, *keepers(), val_check_interval=2, max_epochs=2, ckpt_path=str(KEPT / "last.ckpt"))
+    assert second.seen == list(range(5, 13))
