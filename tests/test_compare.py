@@ -338,7 +338,8 @@ def test_ranks_are_those_of_the_rows_in_order() -> None:
     query, target = torch.eye(3), torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 1, 0]])
     for rows in ([2, 1], [0, 2]):  # row 2 comes twice
         index = torch.tensor(rows)
-        metrics.update(query[index], target[index], row_B=index, query_key_B=index, target_key_B=index)
+        keys = {f"{name}_B": index for name in ("row", "query_key", "target_key")}
+        metrics.update(query[index], target[index], **keys, group_key_B=torch.full_like(index, -1))
     metrics.compute()
     assert metrics.rank_of_row_N2.tolist() == [[0, 0], [1, 2], [2, 2]]
 

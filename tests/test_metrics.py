@@ -38,6 +38,14 @@ def test_other_positives_of_the_same_query_are_not_counted() -> None:
     assert positive_ranks(query, target, torch.arange(2), torch.arange(2)).tolist() == [0, 1]
 
 
+def test_targets_of_the_same_group_are_not_counted() -> None:
+    query = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    target = torch.tensor([[0.8, 0.6], [1.0, 0.0], [0.9, 0.1]])
+    rank = positive_ranks(query, target, torch.arange(3), torch.arange(3), torch.tensor([4, 4, -1]))
+    assert rank.tolist() == [1, 0, 1]
+    assert positive_ranks(query, target, torch.arange(3), torch.arange(3), torch.full((3,), -1)).tolist() == [2, 0, 1]
+
+
 def test_pairs_beyond_the_queries_are_candidates() -> None:
     query = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     target = torch.tensor([[0.8, 0.6], [0.6, 0.8], [1.0, 0.0], [0.9, 0.1], [0.6, 0.8]])
@@ -69,7 +77,8 @@ def test_values_and_rows_that_a_sampler_repeats() -> None:
     query, target = torch.eye(3), torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 1, 0]])
     for rows in ([0, 1], [2, 0]):
         index = torch.tensor(rows)
-        metrics.update(query[index], target[index], row_B=index, query_key_B=index, target_key_B=index)
+        keys = {f"{name}_B": index for name in ("row", "query_key", "target_key")}
+        metrics.update(query[index], target[index], **keys, group_key_B=torch.full_like(index, -1))
     values = {name: float(value) for name, value in metrics.compute().items()}
     # query 0 has rank 0; 1 and 2 have rank 2, since a tie at 0 counts against them
     assert values["hit@1"] == float(torch.tensor(1 / 3))
@@ -82,6 +91,8 @@ def test_vectors_that_are_not_finite_are_refused_by_row() -> None:
     vector = torch.eye(3)
     vector[1, 0] = torch.nan
     metrics, key = RetrievalMetrics(), torch.arange(3)
-    metrics.update(vector, torch.eye(3), row_B=key + 7, query_key_B=key, target_key_B=key)
+    metrics.update(
+        vector, torch.eye(3), row_B=key + 7, query_key_B=key, target_key_B=key, group_key_B=torch.full((3,), -1)
+    )
     with pytest.raises(ValueError, match=r"vectors of 1 of 3 rows are not finite \(row\(s\) 8\)"):
         metrics.compute()

@@ -38,12 +38,19 @@ class RetrievalMetrics(Metric):
         self.n_targets = 0
 
     def update(
-        self, query_BD: Tensor, target_BD: Tensor, *, row_B: Tensor, query_key_B: Tensor, target_key_B: Tensor
+        self,
+        query_BD: Tensor,
+        target_BD: Tensor,
+        *,
+        row_B: Tensor,
+        query_key_B: Tensor,
+        target_key_B: Tensor,
+        group_key_B: Tensor,
     ) -> None:
-        """Add rows: unit vectors, row ids and the keys of query and target."""
+        """Add rows: unit vectors, row ids and the keys of query, target and group (-1: none)."""
         self.query.append(query_BD)
         self.target.append(target_BD)
-        self.key.append(torch.stack([row_B, query_key_B, target_key_B], dim=1))
+        self.key.append(torch.stack([row_B, query_key_B, target_key_B, group_key_B], dim=1))
 
     def compute(self) -> dict[str, Tensor]:
         """Metric name -> scalar.
@@ -51,20 +58,20 @@ class RetrievalMetrics(Metric):
         Raises:
             ValueError: where vectors are not finite: a comparison with such a score is false, as if nothing beat it.
         """
-        query_ND, target_ND, key_N3 = (_as_one(state) for state in (self.query, self.target, self.key))
-        _, row_of_N = key_N3[:, 0].unique(return_inverse=True)
-        first_N = torch.full((int(row_of_N.max()) + 1,), len(key_N3), dtype=torch.int64, device=key_N3.device)
-        first_N.scatter_reduce_(0, row_of_N, torch.arange(len(key_N3), device=key_N3.device), "amin")
+        query_ND, target_ND, key_N4 = (_as_one(state) for state in (self.query, self.target, self.key))
+        _, row_of_N = key_N4[:, 0].unique(return_inverse=True)
+        first_N = torch.full((int(row_of_N.max()) + 1,), len(key_N4), dtype=torch.int64, device=key_N4.device)
+        first_N.scatter_reduce_(0, row_of_N, torch.arange(len(key_N4), device=key_N4.device), "amin")
         broken_N = ~(torch.isfinite(query_ND).all(dim=1) & torch.isfinite(target_ND).all(dim=1))
         if broken_N.any():
-            row_R = key_N3[broken_N, 0].unique()
+            row_R = key_N4[broken_N, 0].unique()
             raise ValueError(
                 f"vectors of {len(row_R):,} of {len(first_N):,} rows are not finite ({name_rows(row_R)}): the model's "
                 "weights are broken, or its numbers are too large for trainer.precision"
             )
-        rank_N = positive_ranks(query_ND[first_N], target_ND[first_N], key_N3[first_N, 1], key_N3[first_N, 2])
-        self.rank_of_row_N2 = torch.stack([key_N3[first_N, 0], rank_N], dim=1).cpu()
-        self.n_targets = len(key_N3[:, 2].unique())
+        rank_N = positive_ranks(query_ND[first_N], target_ND[first_N], *key_N4[first_N, 1:].unbind(1))
+        self.rank_of_row_N2 = torch.stack([key_N4[first_N, 0], rank_N], dim=1).cpu()
+        self.n_targets = len(key_N4[:, 2].unique())
         return rank_metrics(rank_N)
 
 

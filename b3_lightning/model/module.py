@@ -258,8 +258,7 @@ class ContrastiveModule(L.LightningModule):
     def _evaluate(self, batch: dict[str, Any], split: str) -> None:
         query_BD, target_BD = self.embed(batch["query"]), self.embed(batch["target"])
         rows = Rows.of(batch)
-        keys = {"query_key_B": rows.query_key_B, "target_key_B": rows.target_key_B}
-        self.metrics.update(query_BD, target_BD, row_B=rows.row_B, **keys)
+        self.metrics.update(query_BD, target_BD, **rows._asdict())
         with torch.autocast(self.device.type, enabled=False):
             score_BB = query_BD @ target_BD.T
             loss = info_nce(

@@ -8,40 +8,60 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from b3_lightning.types import PADDING
+
 TOP_K = (1, 5, 10)
 _TILE = 1024
 _TIE = 1e-6
 
 
-def positive_ranks(query_ND: Tensor, target_MD: Tensor, query_key_M: Tensor, target_key_M: Tensor) -> Tensor:
+def positive_ranks(
+    query_ND: Tensor,
+    target_MD: Tensor,
+    query_key_M: Tensor,
+    target_key_M: Tensor,
+    group_key_M: Tensor | None = None,
+) -> Tensor:
     """(N,) int64: how many unique targets score at least as high as the query's own, 0 being best.
 
     The queries are those of the first N of M pairs; of the others, the targets are ranked alone.
-    Rows with equal target keys hold one target. Other targets of the same query are positives too, so they are not
-    counted. A tie counts against the query, so that a collapsed embedder scores 0; scores within 1e-6 are tied, since
-    equal vectors need not score alike to the last bit.
+    Rows with equal target keys hold one target. Other targets of the same query or group are positives too, so they are
+    not counted; the group of -1 is none. A tie counts against the query, so that a collapsed embedder scores 0; scores
+    within 1e-6 are tied, since equal vectors need not score alike to the last bit.
     """
     _, target_of_M = target_key_M.unique(return_inverse=True)
     first_U = torch.full((int(target_of_M.max()) + 1,), len(target_MD), dtype=torch.int64, device=target_MD.device)
     first_U.scatter_reduce_(0, target_of_M, torch.arange(len(target_MD), device=target_MD.device), "amin")
     target_UD = target_MD[first_U]
-    _, query_of_M = query_key_M.unique(return_inverse=True)
-    order_M = query_of_M.argsort(stable=True)
-    count_G = torch.bincount(query_of_M)
-    start_G = count_G.cumsum(0) - count_G
+    alike = [_Alike(query_key_M), *([] if group_key_M is None else [_Alike(group_key_M)])]
     ranks = []
     for start in range(0, len(query_ND), _TILE):
         row_Q = torch.arange(start, min(start + _TILE, len(query_ND)), device=query_ND.device)
         score_QU = query_ND[row_Q] @ target_UD.T
         own_Q = score_QU.gather(1, target_of_M[row_Q, None])
-        group_Q = query_of_M[row_Q]
-        size_Q = count_G[group_Q]
-        query_P = torch.arange(len(row_Q), device=row_Q.device).repeat_interleave(size_Q)
-        within_P = torch.arange(len(query_P), device=row_Q.device) - (size_Q.cumsum(0) - size_Q)[query_P]
-        sibling_P = order_M[start_G[group_Q][query_P] + within_P]
-        score_QU[query_P, target_of_M[sibling_P]] = -torch.inf
+        for rows in alike:
+            query_P, row_P = rows.of(row_Q)
+            score_QU[query_P, target_of_M[row_P]] = -torch.inf
         ranks.append((score_QU >= own_Q - _TIE).sum(dim=1))
     return torch.cat(ranks)
+
+
+class _Alike:
+    """The rows of every key; those of the key -1 are alike to none, themselves included."""
+
+    def __init__(self, key_M: Tensor) -> None:
+        _, self._number_M = key_M.unique(return_inverse=True)
+        self._order_M = self._number_M.argsort(stable=True)
+        count_G = torch.bincount(self._number_M)
+        self._start_G = count_G.cumsum(0) - count_G
+        self._count_M = count_G[self._number_M].masked_fill(key_M == PADDING, 0)
+
+    def of(self, row_Q: Tensor) -> tuple[Tensor, Tensor]:
+        """(place in ``row_Q``, row) of every pair of rows that share a key."""
+        count_Q = self._count_M[row_Q]
+        query_P = torch.arange(len(row_Q), device=row_Q.device).repeat_interleave(count_Q)
+        within_P = torch.arange(len(query_P), device=row_Q.device) - (count_Q.cumsum(0) - count_Q)[query_P]
+        return query_P, self._order_M[self._start_G[self._number_M[row_Q]][query_P] + within_P]
 
 
 def rank_metrics(rank_N: Tensor) -> dict[str, Tensor]:
