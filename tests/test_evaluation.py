@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from sentence_transformers import SentenceTransformer
 
 from b3_lightning.cli import main
@@ -36,6 +38,7 @@ from b3_lightning.evaluation.sts import read_sts
 from b3_lightning.evaluation.suites import SUITES
 from b3_lightning.evaluation.visdoc import read_visdoc
 from b3_lightning.model.embedder import LoadSettings, load_embedder
+from b3_lightning.reports.evaluation import Sheet, show
 
 I = "<|image_1|>\n"  # noqa: E741
 SMALL_IMAGES = ["--pooling", "lasttoken", "--min-pixels", "784", "--max-pixels", "784"]
@@ -382,8 +385,34 @@ def test_clip_takes_image_and_text_only_fused(data: Path, models: dict[str, str]
         (["--against", "absent.json"], "no results absent.json"),
         (["--batch-size", "0"], "--batch_size 0 must be above 0"),
         (["--model", "./absent"], "--model ./absent is no folder"),
+        (["--model", "run"], "--model run is the folder of a run; its model is --model run/export"),
+        (["--device", "nope"], "--device nope cannot be used"),
+        (["--output", "file"], "file is a file"),
+        (["--num_workers=-1"], "--num_workers -1 not negative"),
     ],
 )
-def test_mistakes_are_told_before_a_model_is_loaded(arguments: list[str], message: str, data: Path) -> None:
+def test_mistakes_are_told_before_a_model_is_loaded(
+    arguments: list[str], message: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "export").mkdir(parents=True)
+    (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match=message):
         main(["evaluate", "--suite", "mmeb", "--model", "./none", "--data", str(data), *arguments])
+
+
+@pytest.mark.parametrize("width", [50, 60, 200])
+def test_words_are_whole_on_a_narrow_terminal_and_what_does_not_fit_is_counted(
+    width: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header = ["task", "meta-task", "split", "n", "hit@1", *(f"published\nmodel-{index}" for index in range(8))]
+    sheet = Sheet(
+        "every task", header, [["ImageNet-1K", "classification", "in", "1000", "50.0", *["55.5"] * 8]], 3, "note"
+    )
+    show([sheet], Console(width=width))
+    said = capsys.readouterr().out
+    assert "ImageNet-1K" in said
+    assert "50.0" in said
+    assert ("columns do not fit here; results.md has them" in " ".join(said.split())) == (width < 200)
+    assert said.count("model-") + sum(map(int, re.findall(r"(\d+)\s+columns", said))) == 8
+    assert max(map(len, said.splitlines())) <= width

@@ -165,6 +165,15 @@ def test_advice_prefers_hard_batches_that_are_not_full_of_suspects() -> None:
     assert not any("own target first" in line for line in lines)
 
 
+def test_what_is_easier_than_random_batches_is_not_called_as_hard() -> None:
+    random = [Figure(64, 1.0, 0.5, 0.5, as_random=64)]
+    easy, hard = Figure(64, 0.2, 0.2, 0.1, 5, 100, 8, 0.3, 16.0), Figure(64, 0.9, 0.6, 0.4, 2, 100, 8, 0.3, 80.0)
+    answer = TaskAnswer("t", 5000, 5000, False, 0.1, 0, (), random, [easy])
+    assert advice(answer, 64)[0].endswith("Mined batches of 64 are then easier than random ones")
+    # random batches have more suspects than the limit: what has no more than they may be advised
+    assert "first_rank 2" in advice(replace(answer, mined=[easy, hard]), 64)[0]
+
+
 def test_the_batch_size_that_is_set_is_asked_about_too() -> None:
     assert Questions(batch_sizes=(16, 64)).of(24).batch_sizes == (16, 24, 64)
     assert Questions(batch_sizes=(16, 64)).of(64).batch_sizes == (16, 64)

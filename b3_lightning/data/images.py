@@ -108,7 +108,8 @@ def examine_images(
         results = dict(zip(rows_of_path, pool.map(examine, rows_of_path), strict=True))
     bad = {path: why for path, (seen, why) in results.items() if seen is None}
     if bad:
-        listed = "\n".join(f"  {path}: {why} ({name_rows(rows_of_path[path])})" for path, why in list(bad.items())[:5])
+        rows = {path: f" ({name_rows(rows)})" if rows else "" for path, rows in rows_of_path.items() if path in bad}
+        listed = "\n".join(f"  {path}: {why}{rows[path]}" for path, why in list(bad.items())[:5])
         raise ValueError(
             f"{len(bad)} of {len(results)} images under {_told(image_root)} cannot be used:\n{listed}"
             + ("\n  ..." if len(bad) > 5 else "")

@@ -138,7 +138,11 @@ def _all_true(mine: bool) -> bool:
 def device_of(wanted: str | None) -> torch.device:
     """The device asked for; else this process's GPU, or the CPU where there is none."""
     if wanted is not None:
-        return torch.device(wanted)
+        try:
+            return torch.empty(0, device=wanted).device
+        except (RuntimeError, AssertionError) as error:
+            first = str(error).splitlines()[0]
+            raise ValueError(f"--device {wanted} cannot be used ({first}); cpu can, or leave it out") from error
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")

@@ -74,10 +74,9 @@ class ItemTable:
 
     def __init__(self, items: Iterable[Item], settings: ReadSettings, where: str) -> None:
         listed = list(dict.fromkeys(items))
-        paths: dict[str, list[int]] = {}
-        for row, item in enumerate(listed):
-            if item.image:
-                paths.setdefault(item.image, []).append(row)
+        paths: dict[str, list[int]] = {
+            item.image: [] for item in listed if item.image
+        }  # of several files: no row is told
         try:
             digests = check_images(paths, settings.root, how=settings.image_check)
         except ValueError as error:

@@ -114,7 +114,8 @@ class TaskAnswer:
     def best(self, batch_size: int, max_suspected: float, max_cluster_frac: float) -> Figure | None:
         """The hardest mined batch, clean, of those in which few enough rows have a suspected false negative.
 
-        Where there is none of these, the one with the fewest suspicions; None where no setting has this batch size.
+        As many as in random batches are few enough. Where there is none of these, the one with the fewest suspicions;
+        None where no setting has this batch size.
 
         Args:
             max_cluster_frac: clusters that are a larger part of the batch are left out, unless all are.
@@ -122,7 +123,8 @@ class TaskAnswer:
         there = [figure for figure in self.mined if figure.batch_size == batch_size]
         largest = max(max_cluster_frac * batch_size, min((figure.cluster_size for figure in there), default=0))
         there = [figure for figure in there if figure.cluster_size <= largest]
-        trusted = [figure for figure in there if figure.suspected <= max_suspected]
+        chance = max((random.suspected for random in self.random if random.batch_size == batch_size), default=0.0)
+        trusted = [figure for figure in there if figure.suspected <= max(max_suspected, chance)]
         if trusted:
             return max(trusted, key=lambda figure: figure.clean)
         return min(there, key=lambda figure: figure.suspected, default=None)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from b3_lightning.data.mmeb import TASKS
@@ -19,6 +20,9 @@ from b3_lightning.reports.wandb_mode import WandbMode, is_offline
 
 _SHORT = {"retrieval": "Ret", "classification": "Cla", "vqa": "VQA", "grounding": "Gro", "all": "Avg"}
 OURS = "ours"
+_ANY = 10_000
+_LEAST_OF_WORDS = (20, 6)
+"""Characters of the first column, and of others, that words are not squeezed below."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +35,34 @@ class Sheet:
     n_words: int = 1
     note: str = ""
 
-    def rich(self) -> Table:
-        """For the terminal; our own row, where others stand beside it, in bold."""
-        table = Table(title=self.title, caption=self.note or None, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    def rich(self, console: Console) -> Table:
+        """For a terminal; our own row, where others stand beside it, in bold.
+
+        Columns that do not fit are left out from the right, and counted.
+        """
+        table = self._first(len(self.header))
+        for n_shown in range(len(self.header), self.n_words, -1):
+            table = self._first(n_shown)
+            if Measurement.get(console, console.options.update(width=_ANY), table).minimum <= console.width:
+                break
+        return table
+
+    def _first(self, n_shown: int) -> Table:
+        """The table's first columns."""
+        n_left = len(self.header) - n_shown
+        left = f"{n_left} columns do not fit here; results.md has them" if n_left else ""
+        note = "; ".join(part for part in (self.note, left) if part)
+        table = Table(title=self.title, caption=note or None, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.title_justify = table.caption_justify = "left"
-        for index, name in enumerate(self.header):
+        for index, name in enumerate(self.header[:n_shown]):
+            cells = [name, *(row[index] for row in self.rows)]
+            widest = max(len(line) for cell in cells for line in cell.splitlines() or [""])
             words = index < self.n_words
-            table.add_column(name, justify="left" if words else "right", no_wrap=not words, overflow="fold")
+            least = min(widest, _LEAST_OF_WORDS[index > 0]) if words else widest
+            justify: Literal["left", "right"] = "left" if words else "right"
+            table.add_column(name, justify=justify, no_wrap=not words, overflow="fold", min_width=least)
         for row in self.rows:
-            table.add_row(*row, style="bold" if OURS in row else None)
+            table.add_row(*row[:n_shown], style="bold" if OURS in row else None)
         return table
 
     def markdown(self) -> str:
@@ -135,7 +158,7 @@ def show(sheets: list[Sheet], console: Console) -> None:
     """Print the tables."""
     for sheet in sheets:
         console.print()
-        console.print(sheet.rich())
+        console.print(sheet.rich(console))
 
 
 def log_to_wandb(results: Results, sheets: list[Sheet], folder: Path, mode: WandbMode, about: dict[str, Any]) -> str:

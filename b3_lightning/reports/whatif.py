@@ -71,8 +71,9 @@ def advice(answer: TaskAnswer, batch_size: int) -> list[str]:
             f"no cluster size asked about divides |B| = {batch_size}, or the task has fewer rows: nothing to advise"
         ]
     alike = f"as hard as random ones of about {round(best.as_random):,}"
+    by_chance = next((random.clean for random in answer.random if random.batch_size == batch_size), best.clean)
     if best.as_random <= batch_size:
-        alike = "no harder than random ones"
+        alike = "easier than random ones" if best.clean < by_chance else "no harder than random ones"
     all_rows = " (all rows)" if best.as_random >= answer.n_sampled else ""
     lines = [f"advised: {_setting(answer, best)}. Mined batches of {batch_size} are then {alike}{all_rows}"]
     if best.cluster_size > MOST_OF_BATCH * batch_size:

@@ -22,6 +22,7 @@ from b3_lightning.evaluation.run import evaluate
 from b3_lightning.evaluation.sets import ReadSettings
 from b3_lightning.evaluation.suites import SUITES
 from b3_lightning.mining import Processes, Stages
+from b3_lightning.mining.store import check_folder
 from b3_lightning.progress import StageProgress
 from b3_lightning.reports.evaluation import (
     Sheet,
@@ -78,10 +79,13 @@ def _add_encoding(group: Any) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    if given.batch_size < 1:
-        raise ValueError(f"--batch_size {given.batch_size} must be above 0")
+    if given.batch_size < 1 or given.num_workers < 0:
+        raise ValueError(
+            f"--batch_size {given.batch_size} must be above 0, and --num_workers {given.num_workers} not negative"
+        )
     other = None if given.against is None else Results.load(given.against)
     output = given.output or Path("evaluations") / given.suite / "-".join(Path(given.model).parts[-2:]).strip("/.")
+    check_folder(output)
     with joined_processes() as processes, processes.failing_together():
         results = _evaluate(given, output, processes)
         if processes.rank == 0:
