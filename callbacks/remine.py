@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -93,7 +94,7 @@ class Remine(Callback):
         if self.enabled:
             data.check_mining()
         for first_rank in self.first_rank.values():
-            replace(data.mining, first_rank=first_rank).check_fits(len(data.pairs("train")))
+            replace(data.mining, first_rank=first_rank).check_fits(Counter(data.pairs("train").tasks))
         # asked when an epoch's loader is built: on_train_epoch_start is too late, and on_train_epoch_end is not called
         # again for a run that is resumed from the end of an epoch
         data.before_epoch = [partial(self._remine_if_due, trainer)]

@@ -310,6 +310,18 @@ def test_a_masked_target_is_hard_in_none_of_its_spellings() -> None:
         assert not {*hard} & {*masked}
 
 
+def test_a_window_must_fit_one_task_by_its_own_values() -> None:
+    settings = MiningSettings(per_task={"a": {"first_rank": 0, "n_ranks": 10}, "late": {"first_rank": 1000}})
+    settings.check_fits({"a": 100})
+    settings.check_fits({"late": 100, "a": 11})
+    settings.check_fits({"b": 131})
+    with pytest.raises(ValueError, match=r"100 rows .* first_rank=1000 \+ n_ranks=100: more than 1100 rows"):
+        settings.check_fits({"late": 100})
+    with pytest.raises(ValueError, match=r"130 rows .* first_rank=30 \+ n_ranks=100"):
+        settings.check_fits({"b": 130})
+    MiningSettings(ranked="labels").check_fits({"a": 20})
+
+
 def test_families_longer_than_the_ranks_looked_at_are_no_chance() -> None:
     random = np.random.default_rng(0)
     family = np.repeat(random.normal(size=(3, 32)), 150, axis=0) + 0.01 * random.normal(size=(450, 32))

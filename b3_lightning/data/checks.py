@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ def check_mining(mining: MiningSettings, pairs: PairTable, batch_size: int) -> N
     """
     check_batch_size(batch_size, mining.cluster_size)
     mining.check_used()
-    mining.check_fits(len(pairs))
     mining.check_tasks(tuple(pairs.task_weights))
+    mining.check_fits(Counter(pairs.tasks))
 
 
 def check_epochs(plan: BatchPlan, trainer: Any) -> None:

@@ -142,13 +142,13 @@ class Rows:
     ) -> Rows:
         embeddings = Embeddings.from_arrays(query_ND, target_ND)
         n_rows = len(embeddings)
-        settings.check_fits(n_rows)
         keys = [_codes("target_keys", range(n_rows) if target_keys is None else target_keys, n_rows)[0]]
         for name, values in (("query_keys", query_keys), ("groups", groups)):
             if values is not None:
                 keys.append(_codes(name, values, n_rows)[0])
         task_N, task_names = _tasks(tasks, n_rows)
         settings.check_tasks(task_names)
+        settings.check_fits(dict(zip(task_names, torch.bincount(task_N).tolist(), strict=True)))
         return cls(embeddings, keys, task_N, task_names)
 
     def by_task(self) -> Iterator[Task]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
@@ -196,8 +197,11 @@ class MiningSettings:
         if unknown:
             raise ValueError(f"per_task names unknown tasks {unknown}; the tasks are {list(names)}")
 
-    def check_fits(self, n_rows: int) -> None:
-        """Refuse a row count that leaves no full window or no full cluster, and a search that is not installed."""
+    def check_fits(self, rows_of_task: Mapping[str, int]) -> None:
+        """Refuse rows that would fill no task's window or no cluster, and a search that is not installed.
+
+        A task of a mixture may be too small for its window: it has then what ranks there are.
+        """
         for name, module, extra in (
             ("approximate", "faiss", "cpu"),
             ("faiss", "faiss", "cpu"),
@@ -207,15 +211,24 @@ class MiningSettings:
                 raise ValueError(
                     f"neighbors={name!r} needs {module}: pip install 'b3_lightning[{extra}]', or set it to exact"
                 )
+        n_rows = sum(rows_of_task.values())
         if n_rows < self.cluster_size:
             raise ValueError(
                 f"{n_rows} rows are fewer than cluster_size={self.cluster_size}; "
                 f"set cluster_size to at most {n_rows} or bring more pairs"
             )
-        first_rank = 0 if isinstance(self.first_rank, str) else self.first_rank
-        n_ranks = 1 if isinstance(self.n_ranks, str) else self.n_ranks
-        if self.ranked != "labels" and n_rows <= first_rank + n_ranks:
-            raise ValueError(
-                f"{n_rows} rows are too few for the ranks up to first_rank={first_rank} + n_ranks={n_ranks}: "
-                f"more than {first_rank + n_ranks} rows are needed; lower first_rank and n_ranks, or set them to auto"
-            )
+        lacking = [self._lacking(name, n_rows) for name in rows_of_task]
+        if all(lacking):
+            raise ValueError(lacking[0])
+
+    def _lacking(self, task: str, n_rows: int) -> str:
+        """What so many rows lack to fill a task's window; nothing where they do, or where it ranks labels."""
+        own = self.of_task(task)
+        first_rank = 0 if isinstance(own.first_rank, str) else own.first_rank
+        n_ranks = 1 if isinstance(own.n_ranks, str) else own.n_ranks
+        if own.ranked == "labels" or n_rows > first_rank + n_ranks:
+            return ""
+        return (
+            f"{n_rows} rows are too few for the ranks up to first_rank={first_rank} + n_ranks={n_ranks}: "
+            f"more than {first_rank + n_ranks} rows are needed; lower first_rank and n_ranks, or set them to auto"
+        )
