@@ -77,6 +77,15 @@ class Parser(LightningArgumentParser):
         sys.exit(2)
 
 
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "list": "a list, such as [1,2],",
+    "collections.abc.Sequence": "a list, such as [1,2],",
+}
+
+
 def _as_choice(message: str) -> str:
     """What may be chosen, in a line, where jsonargparse lists every type that a value is not."""
     wrong = re.search(
@@ -85,20 +94,15 @@ def _as_choice(message: str) -> str:
     if wrong is None:
         return message
     name, types, value = wrong.groups()
+    kinds = re.findall(r"<class '([\w.]+)'>", types)
+    words = [_KINDS[kind] for kind in kinds if kind in _KINDS and (kind, "float" in kinds) != ("int", True)]
+    if words and re.sub(r"<class '[\w.]+'>", "", types).strip("[], ") == "":
+        return f"{name}={value.strip()}: {' or '.join([*words, *(['null'] if 'NoneType' in kinds else [])])} is needed"
     literals = r"typing\.Literal\[([^]]*)\]"
     if re.sub(literals, "", types).strip("[], ") not in ("", "<class 'NoneType'>"):
         return message
     choices = dict.fromkeys(one for listed in re.findall(literals, types) for one in re.findall(r"[\w-]+", listed))
     return f"{name}={value} is none of {', '.join(choices)}"
-
-
-_KINDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "list": "a list, such as [1,2],",
-    "collections.abc.Sequence": "a list, such as [1,2],",
-}
 
 
 def _as_kind(message: str) -> str:

@@ -22,7 +22,7 @@ from b3_lightning.data.mixture import Sources, choose, mining_of, place
 from b3_lightning.data.pairs import Modality, PairTable, TeacherPrompts, count_negatives, load_pairs
 from b3_lightning.data.sampler import EpochBatches, EpochLoader, count_steps, random_batches
 from b3_lightning.data.splits import Split
-from b3_lightning.data.teacher import check_prompts
+from b3_lightning.data.teacher import check_teacher
 from b3_lightning.data.vectors import VECTOR_SUFFIXES, check_vectors
 from b3_lightning.mining import BatchPlan, MinedPlan, MiningSettings, Processes
 from b3_lightning.mining.store import sha256
@@ -100,7 +100,7 @@ class PairsDataModule(L.LightningDataModule):
         mixture = self.sources["train"] or []
         if mixture:
             self.sources["train"] = choose(mixture, tasks)
-        check_prompts(teacher, teacher_prompts)
+        check_teacher(teacher, teacher_prompts)
         self.image_root, self.teacher_prompts = Path(image_root), teacher_prompts
         self.batches, self.batch_size, self.eval_batch_size = batches, batch_size, eval_batch_size
         self.teacher, self.plan_folder, self.mining = teacher, plan, mining_of(mining, mixture, tasks)

@@ -247,8 +247,12 @@ def student_embed(trainer: Any) -> Iterator[Embed]:
         module.train(was_training)
 
 
-def check_prompts(teacher: str, given: TeacherPrompts) -> None:
-    """Refuse prompts for a teacher that reads no texts, or that is the student and has its own."""
+def check_teacher(teacher: str, given: TeacherPrompts) -> None:
+    """Refuse no teacher, and prompts for one that reads no texts, or that is the student and has its own."""
+    if teacher in ("", "null", "None"):
+        raise ValueError(
+            f"data.teacher={teacher}: name a model, a file of vectors, or 'student'; see --data.batches=random"
+        )
     if given != TeacherPrompts() and (teacher == "student" or teacher.endswith(VECTOR_SUFFIXES)):
         raise ValueError(
             f"data.teacher_prompts are without effect where data.teacher={teacher}: leave them out, or name a model. "
