@@ -58,7 +58,27 @@ class Recorded(StepCheckpoint):
         super()._save_checkpoint(trainer, filepath)
 
 
-def fit(*callbacks: L.Callback, validate: bool = True, ckpt_path: str | None = None, **about: Any) -> None:
+class Rates(L.Callback):
+    """The rate of every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self.seen.append(round(pl_module.lr_schedulers().get_last_lr()[0], 9))
+
+
+CONSTANT = OptimSettings(learning_rate=0.01, schedule="constant", warmup_frac=0.0)
+
+
+def fit(
+    *callbacks: L.Callback,
+    validate: bool = True,
+    ckpt_path: str | None = None,
+    optim: OptimSettings = CONSTANT,
+    **about: Any,
+) -> None:
     data = PairsDataModule(
         train_pairs="pairs.parquet", val_pairs="pairs.parquet" if validate else None, batches="random", batch_size=16
     )
@@ -66,7 +86,6 @@ def fit(*callbacks: L.Callback, validate: bool = True, ckpt_path: str | None = N
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
         enable_checkpointing=True, plugins=[CheckedCheckpointIO()], callbacks=list(callbacks), **about,
     )  # fmt: skip
-    optim = OptimSettings(learning_rate=0.01, schedule="constant", warmup_frac=0.0)
     trainer.fit(ContrastiveModule(SmallEmbedder(), optim=optim), data, ckpt_path=ckpt_path)
 
 
@@ -108,3 +127,22 @@ def test_what_a_validation_stops_within_an_epoch_goes_on_with_the_rest_of_it() -
     assert first.seen == [1, 2, 3, 4]
     fit(second, *keepers(), val_check_interval=2, max_epochs=2, ckpt_path=str(KEPT / "last.ckpt"))
     assert second.seen == list(range(5, 13))
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "n_left"), [(-1, 9), (4, 10)], ids=["from an epoch's end", "from within an epoch"]
+)
+def test_the_rate_falls_to_the_end_of_a_run_that_goes_on_with_other_steps(
+    max_steps: int, n_left: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Six steps of an epoch, or four, are done; what is left takes two batches a step."""
+    fit(*keepers(), max_epochs=1, max_steps=max_steps)
+    rates, linear = Rates(), OptimSettings(learning_rate=0.01, schedule="linear", warmup_frac=0.0)
+    about: dict[str, Any] = {"max_epochs": 4, "accumulate_grad_batches": 2, "ckpt_path": str(KEPT / "last.ckpt")}
+    fit(rates, *keepers(), optim=linear, **about)
+    n_done = 6 if max_steps < 0 else 4
+    total = n_done + n_left
+    expected = [0.01 * (1 - max(0, step - 1) / (total - 1)) for step in range(n_done, total)]
+    assert rates.seen == pytest.approx(expected, abs=1e-8)
+    assert "model.optim.schedule is linear from here on; it was constant" in caplog.text
+    assert "learning_rate" not in caplog.text

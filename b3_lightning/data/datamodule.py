@@ -20,7 +20,7 @@ from b3_lightning.data.images import ImageCheck
 from b3_lightning.data.miner import MiningRequest, NewPlan, PairMiner, processes_of
 from b3_lightning.data.mixture import Sources, choose, mining_of, place
 from b3_lightning.data.pairs import Modality, PairTable, TeacherPrompts, count_negatives, load_pairs
-from b3_lightning.data.sampler import EpochBatches, EpochLoader, count_steps, random_batches
+from b3_lightning.data.sampler import Done, EpochBatches, EpochLoader, count_steps, random_batches
 from b3_lightning.data.splits import Split
 from b3_lightning.data.teacher import check_teacher
 from b3_lightning.data.vectors import VECTOR_SUFFIXES, check_vectors
@@ -195,9 +195,10 @@ class PairsDataModule(L.LightningDataModule):
     def _random_plan(self) -> dict[str, Any]:
         return random_batches(self.pairs("train"), self.batch_size, self.seed)
 
-    def total_steps(self) -> int:
-        """Optimiser steps of the whole run, without touching a loader."""
-        return count_steps(BatchPlan(**self._random_plan()), self._trainer())
+    def total_steps(self, checkpoint: dict[str, Any] | None = None) -> int:
+        """Optimiser steps of the whole run, without touching a loader; what a checkpoint has done as it counts it."""
+        done = Done() if checkpoint is None else Done.of(checkpoint)
+        return count_steps(BatchPlan(**self._random_plan()), self._trainer(), done)
 
     def train_dataloader(self) -> EpochLoader:
         trainer = self._trainer()

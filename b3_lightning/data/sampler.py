@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,11 +79,29 @@ def limited(n_batches: int, limit: int | float) -> int:
     return min(n_batches, limit) if isinstance(limit, int) else int(n_batches * limit)
 
 
-def count_steps(plan: BatchPlan, trainer: Any) -> int:
-    """Optimiser steps of a whole run on such batches, without touching a loader."""
-    counts = (plan.n_batches(epoch) for epoch in range(max(0, trainer.max_epochs or 0)))
-    trained = (limited(n, trainer.limit_train_batches) for n in counts)
-    steps = sum(-(-n // trainer.accumulate_grad_batches) for n in trained)
+class Done(NamedTuple):
+    """What a run has trained on: optimiser steps, whole epochs before this one, and batches of this one."""
+
+    steps: int = 0
+    epoch: int = 0
+    batches: int = 0
+
+    @classmethod
+    def of(cls, checkpoint: Mapping[str, Any]) -> Done:
+        """What Lightning's checkpoint says; one of an epoch's end counts all of its batches."""
+        batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["processed"]
+        return cls(checkpoint["global_step"], checkpoint["epoch"], batches)
+
+
+def count_steps(plan: BatchPlan, trainer: Any, done: Done = Done()) -> int:  # noqa: B008 - immutable
+    """Optimiser steps of a whole run on such batches, those done among them, without touching a loader."""
+    n_epochs = trainer.max_epochs or 0
+    if n_epochs < 0:
+        return max(1, int(trainer.max_steps))
+    left = [limited(plan.n_batches(epoch), trainer.limit_train_batches) for epoch in range(done.epoch, n_epochs)]
+    if left:
+        left[0] = max(0, left[0] - done.batches)
+    steps = done.steps + sum(-(-n // trainer.accumulate_grad_batches) for n in left)
     if trainer.max_steps > 0:
         return min(steps, trainer.max_steps) if steps else int(trainer.max_steps)
     return max(1, int(steps))

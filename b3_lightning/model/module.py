@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 import lightning as L
@@ -90,6 +90,7 @@ class ContrastiveModule(L.LightningModule):
         self._cache: GradCache | None = None
         self._passes: EqualPasses | None = None
         self._seed: int | None = None
+        self._total_steps: int | None = None
         self._lacks_vocabulary = False
 
     @property
@@ -312,13 +313,14 @@ class ContrastiveModule(L.LightningModule):
         self.optim.check_end(self.trainer.max_epochs, self.trainer.max_steps)
         self.optim.check_clippable(self.trainer.precision_plugin, self.trainer.gradient_clip_val)
         optimizer = self.optim.make(self.embedder, self.temperature)
-        total_steps = self.trainer.datamodule.total_steps()  # type: ignore[attr-defined]
+        total_steps = self._total_steps or self.trainer.datamodule.total_steps()  # type: ignore[attr-defined]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optim.factor(step, total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["b3_vocabulary"] = small_vocabulary(self.embedder)
         checkpoint["b3_seed"] = self._seed
+        checkpoint["b3_optim"] = asdict(self.optim)
         if self.lora is not None:
             frozen = self._frozen()
             state = checkpoint["state_dict"]
@@ -329,7 +331,9 @@ class ContrastiveModule(L.LightningModule):
             # the model is restored before the data: other pairs should be named before weights of another shape are
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             data.refuse_other_batches(checkpoint)
-            self.optim.put_into(checkpoint, data.total_steps())
+            # what was done may have been counted otherwise: by other epochs, or gradients of fewer batches added up
+            self._total_steps = data.total_steps(checkpoint)
+            self.optim.put_into(checkpoint, self._total_steps)
         # a validation that was cut short begins anew: Lightning would go on in its middle, without the targets before
         for count in _validation_progress(checkpoint):
             count.update(dict.fromkeys(count, 0))

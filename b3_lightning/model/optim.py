@@ -92,11 +92,9 @@ class OptimSettings:
         states = checkpoint.get("optimizer_states", []), checkpoint.get("lr_schedulers", [])
         for optimizer, scheduler in zip(*states, strict=True):
             groups = optimizer["param_groups"]
-            given = {"initial_lr": self.learning_rate, "weight_decay": self.weight_decay}
-            for name, now in given.items():
-                if groups[0][name] != now:
-                    setting = "learning_rate" if name == "initial_lr" else name
-                    log.warning("model.optim.%s is %g from here on; it was %g", setting, now, groups[0][name])
+            for name, then in checkpoint.get("b3_optim", {}).items():
+                if getattr(self, name) != then:
+                    log.warning("model.optim.%s is %s from here on; it was %s", name, getattr(self, name), then)
             rate = self.learning_rate * self.factor(scheduler["last_epoch"], total_steps)
             scheduler |= {"base_lrs": [self.learning_rate] * len(groups), "_last_lr": [rate] * len(groups)}
             for group in groups:
