@@ -48,6 +48,15 @@ def test_columns_are_mapped_and_prompts_are_put_before_the_text(tmp_path: Path) 
     assert load_pairs(source).items("target")[1] == Item("Answer: simple", "")
 
 
+def test_categories_of_pandas_are_the_texts_that_they_stand_for(tmp_path: Path) -> None:
+    columns = {"qry": ["a", "b", "c"], "pos_text": ["x", "y", "x"], "group": ["g", None, "g"]}
+    table = pa.table({name: pa.array(values).dictionary_encode() for name, values in columns.items()})
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    pairs = load_pairs(str(tmp_path / "pairs.parquet"))
+    assert [item.text for item in pairs.items("target")] == ["x", "y", "x"]
+    assert pairs.groups == ["g", None, "g"]
+
+
 def test_several_files_are_several_tasks_with_weights(tmp_path: Path) -> None:
     path = _write(tmp_path, "csv")
     pairs = load_pairs([PairSource(path, task="a", weight=2.0), PairSource(path, task="b")])

@@ -32,6 +32,13 @@ WRITERS: dict[str, Callable[[pa.Table, Path], None]] = {
 }
 
 
+def test_rows_of_several_kinds_in_a_json_column_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"qry": "a", "pos_text": "x"}\n{"qry": "b", "pos_text": 42}\n')
+    with pytest.raises(ValueError, match=r"pos_text.* in row 1\): a column holds one kind of values in some rows"):
+        read_file(path)
+
+
 @pytest.mark.parametrize("kind", WRITERS)
 def test_files_are_read_or_named(kind: str, tmp_path: Path) -> None:
     path = tmp_path / f"table.{kind}"

@@ -308,13 +308,18 @@ def _listed(value: Any) -> list[Any]:
 
 def read_strings(table: pa.Table, column: str, path: str, numbers: bool) -> list[str]:
     """The column's texts, null as the empty one; whole numbers as texts where ``numbers`` may stand too."""
-    values = whole_numbers(table[column]) if numbers else table[column]
+    values = table[column]
+    if pa.types.is_dictionary(values.type):  # pandas' categories
+        values = values.cast(values.type.value_type)
+    if numbers:
+        values = whole_numbers(values)
     if numbers and pa.types.is_integer(values.type):
         values = values.cast(pa.string())
     if pa.types.is_null(values.type):
         return [""] * table.num_rows
     if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
-        raise ValueError(f"{path}: column {column!r} holds {values.type}; text is needed (of images: their paths)")
+        needed = "texts or whole numbers are needed" if numbers else "text is needed (of images: their paths)"
+        raise ValueError(f"{path}: column {column!r} holds {values.type}; {needed}")
     return pc.fill_null(values, "").to_pylist()  # type: ignore[no-any-return]
 
 

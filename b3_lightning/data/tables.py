@@ -114,6 +114,8 @@ def unreadable(path: Path, error: Exception) -> ValueError:
     """What to raise of a file that its reader refuses."""
     reason = next(iter(str(error).splitlines()), type(error).__name__)
     how = "it is truncated, changed or of another kind than its name says; copy it anew, or write it again"
+    if "changed from" in reason:  # in JSON
+        how = "a column holds one kind of values in some rows and another in others: write texts in all, numbers quoted"
     if isinstance(error, UnicodeDecodeError) or "UTF8" in reason:
         how = "save it as UTF-8, as spreadsheets can on request; or copy it anew, where it is damaged"
     return ValueError(f"{path} cannot be read as {path.suffix} ({reason}): {how}")
