@@ -28,16 +28,7 @@ _LAZY = {
     "B3BatchSampler": "b3_lightning.data.trainer_sampler",
     "B3Trainer": "b3_lightning.trainer",
 }
-__all__ = [
-    "B3BatchSampler",
-    "B3Trainer",
-    "ContrastiveModule",
-    "MinedPlan",
-    "MiningSettings",
-    "PairsDataModule",
-    "__version__",
-    "mine",
-]
+__all__ = ["__version__", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

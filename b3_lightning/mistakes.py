@@ -94,10 +94,13 @@ def _as_choice(message: str) -> str:
     if wrong is None:
         return message
     name, types, value = wrong.groups()
-    kinds = re.findall(r"<class '([\w.]+)'>", types)
-    words = [_KINDS[kind] for kind in kinds if kind in _KINDS and (kind, "float" in kinds) != ("int", True)]
-    if words and re.sub(r"<class '[\w.]+'>", "", types).strip("[], ") == "":
-        return f"{name}={value.strip()}: {' or '.join([*words, *(['null'] if 'NoneType' in kinds else [])])} is needed"
+    of_class = r"<class '([\w.]+)'>"
+    kinds = re.findall(of_class, types)
+    if "float" in kinds:
+        kinds = [kind for kind in kinds if kind != "int"]  # which is a number too
+    words = [(_KINDS | {"NoneType": "null"}).get(kind) for kind in kinds]
+    if kinds != ["NoneType"] and all(words) and re.sub(of_class, "", types).strip("[], ") == "":
+        return f"{name}={value.strip()}: {' or '.join(map(str, words))} is needed"
     literals = r"typing\.Literal\[([^]]*)\]"
     if re.sub(literals, "", types).strip("[], ") not in ("", "<class 'NoneType'>"):
         return message

@@ -81,7 +81,8 @@ class Export(Callback):
         log.info("exported to %s", folder)
 
     def _card(self, checkpoint: Mapping[str, Any], best: str | None, prompts: str) -> str:
-        metrics = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(checkpoint[_VALIDATION].items()))
+        found = checkpoint.get(_VALIDATION, {})  # callbacks have no part in a checkpoint of weights alone
+        metrics = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(found.items()))
         weights = f"best checkpoint `{Path(best).name}`" if best else "the last step"
         return (
             "---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n"

@@ -294,7 +294,6 @@ def test_inverted_lists_reach_the_recall_that_was_asked_for() -> None:
 @pytest.mark.parametrize("n_rows", [2, 3, 10])
 @pytest.mark.parametrize("how", ["approximate", "faiss"])
 def test_few_rows_and_rows_without_a_neighbour_are_searched_like_any(n_rows: int, how: str) -> None:
-    pytest.importorskip("faiss")
     vector = torch.nn.functional.normalize(torch.randn(n_rows, 6, generator=torch.Generator().manual_seed(0)), dim=1)
     by_faiss = functools.partial(find_neighbors_with, "faiss")
     find: Callable[..., FoundNeighbors] = find_neighbors_approximately if how == "approximate" else by_faiss

@@ -181,6 +181,8 @@ def test_charts_say_their_numbers_and_bear_flat_or_missing_ones() -> None:
     assert "4-7: 12" in histogram(axes, [Bar("4-7", 12, "12")])
     assert histogram(axes, [Bar("0", 0, "0")]) == ""
     assert re.findall(r'class="tick right"[^>]*>([^<]*)<', histogram(axes, [Bar("0", 1, "1")])) == ["0", "1"]
+    whole = line_chart(replace(axes, percent=True), [Line("a", [0, 1], [0.0, 1.0], 1)])
+    assert {"0%", "100%", "20%"} <= {*re.findall(r'class="tick right"[^>]*>([^<]*)<', whole)}
     short = bars(axes, [Bar("a", 0.001, "0.001"), Bar("b", 6.0, "6")])
     assert "--" not in short
     assert 'h0.0q2.0 0 2.0 4v8q0 4 -2.0 4h-0.0z"' in short

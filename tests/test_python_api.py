@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from sentence_transformers import SentenceTransformer
 
 from b3_lightning import B3Trainer, ContrastiveModule, PairsDataModule
 from b3_lightning.callbacks import Export
-from b3_lightning.checkpoints import BestCheckpoint
+from b3_lightning.checkpoints import BestCheckpoint, CheckedCheckpointIO, LastCheckpoint
 from b3_lightning.data import checks
 from b3_lightning.model import OptimSettings, SmallEmbedder
 
@@ -111,6 +112,34 @@ def test_the_card_tells_of_the_weights_that_are_exported(best: bool) -> None:
     card = Path("export/README.md").read_text()
     assert f"| val/mrr | {first if best else last:.4f} |" in card
     assert f", after {4 if best else 8} optimiser steps." in card
+
+
+@pytest.mark.usefixtures("pairs")
+def test_weights_alone_are_exported_without_figures_and_begin_no_schedule() -> None:
+    data = PairsDataModule(train_pairs="train.parquet", val_pairs="train.parquet", batches="random", batch_size=64)
+    keeper = BestCheckpoint(dirpath="kept", monitor="val/mrr", mode="max", save_weights_only=True)
+    about = QUIET | {"enable_checkpointing": True, "num_sanity_val_steps": 0, "plugins": [CheckedCheckpointIO()]}
+    module = ContrastiveModule(SmallEmbedder())
+    B3Trainer(callbacks=[Export(), keeper], **about).fit(module, data)
+    assert "Weights: best checkpoint" in Path("export/README.md").read_text()
+    with pytest.raises(KeyError, match="checkpoint contains only the model"):
+        B3Trainer(**about).fit(module, data, ckpt_path=keeper.best_model_path)
+
+
+@pytest.mark.usefixtures("pairs")
+def test_a_fit_that_begins_anew_counts_its_own_steps() -> None:
+    module, about = ContrastiveModule(SmallEmbedder()), QUIET | {"enable_checkpointing": True}
+    for max_epochs, ckpt_path in ((2, None), (3, "kept/last.ckpt")):
+        keeper = LastCheckpoint(dirpath="kept", filename="last", enable_version_counter=False)
+        trainer = B3Trainer(callbacks=[keeper], plugins=[CheckedCheckpointIO()], **about | {"max_epochs": max_epochs})
+        trainer.fit(module, random_rows(), ckpt_path=ckpt_path)
+    rates: list[float] = []
+
+    def watch(trainer: L.Trainer, *_: Any) -> None:
+        rates.append(float(trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0]))
+
+    B3Trainer(callbacks=[LambdaCallback(on_train_batch_start=watch)], **QUIET).fit(module, random_rows())
+    assert rates[1:] == pytest.approx([1e-4 * (1 - step / 7) for step in range(7)])
 
 
 def test_a_trainer_that_would_share_out_shares_is_refused() -> None:

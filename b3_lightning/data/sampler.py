@@ -88,7 +88,9 @@ class Done(NamedTuple):
 
     @classmethod
     def of(cls, checkpoint: Mapping[str, Any]) -> Done:
-        """What Lightning's checkpoint says; one of an epoch's end counts all of its batches."""
+        """What Lightning's checkpoint says; an epoch's end counts all of its batches, weights alone none."""
+        if "loops" not in checkpoint:
+            return cls()
         batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["processed"]
         return cls(checkpoint["global_step"], checkpoint["epoch"], batches)
 

@@ -74,9 +74,8 @@ class ItemTable:
 
     def __init__(self, items: Iterable[Item], settings: ReadSettings, where: str) -> None:
         listed = list(dict.fromkeys(items))
-        paths: dict[str, list[int]] = {
-            item.image: [] for item in listed if item.image
-        }  # of several files: no row is told
+        # items come from several files, so their places here are no rows to be told
+        paths: dict[str, list[int]] = {item.image: [] for item in listed if item.image}
         try:
             digests = check_images(paths, settings.root, how=settings.image_check)
         except ValueError as error:

@@ -85,13 +85,8 @@ class _Table:
         return _Table(*(part.to(device) for part in parts))
 
 
-def exclusions(keys: Sequence[Tensor]) -> list[tuple[Tensor | KnownTargets, Tensor]]:
-    """For the search of neighbours: what no row may have, of the rows themselves.
-
-    Args:
-        keys: as of ``KnownTargets``.
-    """
-    known = KnownTargets(keys)
+def exclusions(keys: Sequence[Tensor], known: KnownTargets) -> list[tuple[Tensor | KnownTargets, Tensor]]:
+    """For the search of neighbours: what no row may have, of the rows themselves; ``known`` is of these keys."""
     return [*((key_N, key_N) for key_N in keys), *([(known, keys[0])] if known else [])]
 
 

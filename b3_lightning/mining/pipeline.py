@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -113,6 +113,11 @@ class Task:
     embeddings: Embeddings
     keys: Sequence[Tensor]
 
+    @cached_property
+    def known(self) -> KnownTargets:
+        """Right answers of the rows that stand in other rows."""
+        return KnownTargets(self.keys)
+
     def window(self, neighbors: Neighbors, settings: MiningSettings, choice: RankChoice) -> Window:
         """The ranks chosen, of neighbours on any device."""
         key_N = self.keys[0].to(neighbors.ids_NW.device)
@@ -187,7 +192,7 @@ class Search:
         query_ND, target_ND = embeddings.query_ND, embeddings.target_ND
         search |= {
             "n_neighbors": choice.first_rank + choice.n_ranks,
-            "exclude": exclusions(task.keys),
+            "exclude": exclusions(task.keys, task.known),
         }
         if settings.neighbors == "exact":
             ids_NW, scores_NW = find_neighbors(query_ND, target_ND, device=device, **search)
@@ -209,7 +214,7 @@ class Search:
             target=task.embeddings.target_ND,
             keys=torch.stack(list(task.keys)),
             choice=[choice.labels, choice.first_rank + choice.n_ranks],
-            **({"without": "known targets"} if KnownTargets(task.keys) else {}),
+            **({"without": "known targets"} if task.known else {}),
             how=[self.settings.neighbors, self.settings.min_recall, self.settings.seed],
         )
         return self.stages.stage("neighbours", content)

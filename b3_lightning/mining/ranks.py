@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from b3_lightning.mining.alike import exclusions
+from b3_lightning.mining.alike import KnownTargets, exclusions
 from b3_lightning.mining.groups import permutation
 from b3_lightning.mining.neighbors import find_neighbors, positive_scores
 from b3_lightning.mining.settings import MiningSettings
@@ -104,7 +104,7 @@ def _evidence(embeddings: Embeddings, keys: Sequence[Tensor], n_ranks: int, seed
         query_ND[sample],
         target_ND,
         n_neighbors=n_ranks,
-        exclude=[(key_N[sample], target_key_N) for key_N, target_key_N in exclusions(keys)],
+        exclude=[(key_N[sample], target_key_N) for key_N, target_key_N in exclusions(keys, KnownTargets(keys))],
     )
     alike_SW = torch.zeros_like(ids_SW, dtype=torch.bool)
     for vector_ND in (query_ND, target_ND):

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from b3_lightning.mining.alike import KnownTargets, left_out
+from b3_lightning.mining.alike import left_out
 from b3_lightning.mining.backends import choose_backend
 from b3_lightning.mining.batches import BatchPlan, random_clusters
 from b3_lightning.mining.communities import find_communities
@@ -267,7 +267,7 @@ class _Judge:
     def __init__(self, task: Task, *, reliable: bool, seed: int) -> None:
         query_ND, target_ND = task.embeddings.query_ND, task.embeddings.target_ND
         self._query_ND, self._target_ND, self._keys = query_ND, target_ND, task.keys
-        self._known = KnownTargets(task.keys)
+        self._known = task.known
         self.n_rows, self.reliable, self.seed = len(task.ids), reliable, seed
         order = permutation(self.n_rows, seed, query_ND.device)
         sample, other = order[:_N_ANCHORS], order.roll(1)[:_N_ANCHORS]

@@ -314,6 +314,7 @@ class ContrastiveModule(L.LightningModule):
         self.optim.check_clippable(self.trainer.precision_plugin, self.trainer.gradient_clip_val)
         optimizer = self.optim.make(self.embedder, self.temperature)
         total_steps = self._total_steps or self.trainer.datamodule.total_steps()  # type: ignore[attr-defined]
+        self._total_steps = None  # of this fit alone
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optim.factor(step, total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

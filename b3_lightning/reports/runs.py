@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -118,18 +119,25 @@ def csv_parts(folder: Path) -> list[Path]:
     return [*earlier, *([last] if last.is_file() else [])]
 
 
+@contextmanager
+def _naming(path: Path, *errors: type[Exception], or_else: str = "leave this run out") -> Iterator[None]:
+    """Tell of a file in which reading meets one of these errors."""
+    try:
+        yield
+    except errors as error:
+        raise ValueError(f"{path} is damaged ({error}): copy it again, or {or_else}") from error
+
+
 def read_csv_rows(path: Path) -> list[dict[str, float]]:
     """The numbers of each row; a row that a full disk or a kill cut off is left out.
 
     Raises:
         ValueError: where anything else is wrong with the file.
     """
-    try:
+    with _naming(path, ValueError, TypeError, csv.Error):
         text = path.read_text(encoding="utf-8")
         whole = text[: text.rfind("\n") + 1].splitlines()
         rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(whole)]
-    except (ValueError, TypeError, csv.Error) as error:
-        raise ValueError(f"{path} is damaged ({error}): copy it again, or leave this run out") from error
     return [{key: value for key, value in row.items() if is_number(value)} for row in rows]
 
 
@@ -142,10 +150,8 @@ def read_csv_run(folder: Path) -> Run:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
+    with _naming(path, yaml.YAMLError, UnicodeDecodeError):
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): copy it again, or leave this run out") from error
     if not isinstance(config, dict | None):
         raise ValueError(f"{path} is no config of a run: copy it again, or leave this run out")
     return config or {}
@@ -180,13 +186,9 @@ def read_ranks(folder: Path) -> Ranks | None:
     path = folder / "val_ranks.safetensors"
     if not path.is_file():
         return None
-    try:
-        with safe_open(path, "pt") as file:
-            return Ranks(file.get_tensor("row"), file.get_tensor("rank"), file.metadata()["pairs"])
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): copy it again, or remove it, and the run is compared without intervals"
-        ) from error
+    or_else = "remove it, and the run is compared without intervals"
+    with _naming(path, SafetensorError, KeyError, TypeError, or_else=or_else), safe_open(path, "pt") as file:
+        return Ranks(file.get_tensor("row"), file.get_tensor("rank"), file.metadata()["pairs"])
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:

@@ -7,7 +7,7 @@ numbers can be read by pointing at it, and its ``aria-label`` says in words what
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Literal
@@ -85,7 +85,7 @@ def line_chart(axes: Axes, lines: Sequence[Line], bands: Sequence[Band] = (), sp
         return ""
     if axes.percent:
         ys += [0.0, 0.01]
-    x_ticks = _octaves(min(xs), max(xs), 6) if axes.log_x else _ticks(min(xs), max(xs), 5)
+    x_ticks = _octaves(min(xs), max(xs), 6) if axes.log_x else _ticks(min(xs), max(xs), 5, whole=_are_whole(xs))
     place = _Place(x_ticks, _ticks(min(ys), max(ys), 5), (min(xs), max(xs)), log_x=axes.log_x)
     parts = [
         f'<rect class="span {span.kind}" x="{place.x(span.start):.1f}" y="{TOP}" '
@@ -112,7 +112,11 @@ def histogram(axes: Axes, bins: Sequence[Bar]) -> str:
     high = max((bar.value for bar in bins), default=0.0)
     if high <= 0:
         return ""
-    place = _Place([0.0, float(len(bins))], _ticks(0.0, high, 5), (0.0, float(len(bins))))
+    place = _Place(
+        [0.0, float(len(bins))],
+        _ticks(0.0, high, 5, whole=_are_whole(bar.value for bar in bins)),
+        (0.0, float(len(bins))),
+    )
     step = place.x(1) - place.x(0)
     every = max(1, math.ceil(max(len(bar.name) for bar in bins) * 6.2 / step))
     parts = [place.grid(axes, x_ticks=False)]
@@ -257,9 +261,12 @@ def _figure(axes: Axes, drawn: str, legend: list[str], height: int = HEIGHT) -> 
     )
 
 
-def _ticks(low: float, high: float, n: int) -> list[float]:
-    """Round numbers around a range; whole ones between whole ends."""
-    whole = float(low).is_integer() and float(high).is_integer()
+def _are_whole(values: Iterable[float]) -> bool:
+    return all(float(value).is_integer() for value in values)
+
+
+def _ticks(low: float, high: float, n: int, *, whole: bool = False) -> list[float]:
+    """Round numbers around a range; ``whole`` ones for ranks and counts."""
     if high <= low:
         low, high = low - abs(low) * 0.1 - 1e-9, high + abs(high) * 0.1 + 1e-9
     rough = (high - low) / n
