@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from b3_lightning.data.sampler import EpochBatches
-from b3_lightning.mining import BatchPlan, MiningSettings, mine, random_clusters
+from b3_lightning.mining import BatchPlan, HandOver, MiningSettings, mine, random_clusters
 from b3_lightning.model.loss import Rows, same_key
 from b3_lightning.types import Clusters
 
@@ -96,10 +96,36 @@ def test_a_batch_holds_one_task_and_weights_count_passes() -> None:
 def test_a_new_plan_begins_with_the_rows_that_the_old_one_carried() -> None:
     old = BatchPlan(Clusters(clusters(50, 4)), batch_size=16, seed=0)
     carried = old.carried_after(1)
-    new = BatchPlan(random_clusters(50), batch_size=16, seed=0, first_epoch=2, carried=carried)
+    new = BatchPlan(random_clusters(50), batch_size=16, seed=0, begun=old.hand_over(2))
     assert new.n_batches(2) == old.n_batches(2)
     drawn = Counter(new.epoch(2).flatten().tolist()) + Counter(new.carried_after(2).tolist())
     assert drawn == Counter(range(50)) + Counter(carried.tolist())
+
+
+@pytest.mark.parametrize("weight", [0.3, 0.5, 1.0, 1.5])
+def test_rows_are_trained_on_about_equally_often_when_every_epoch_has_another_plan(weight: float) -> None:
+    """A pass that a plan begins is not gone on with by the next one, whose clusters are others."""
+    generator, begun = torch.Generator().manual_seed(0), HandOver()
+    task_N = (torch.arange(384) >= 320).long()
+    trained = torch.zeros(384, dtype=torch.int64)
+    for epoch in range(8):
+        table = torch.cat([torch.randperm(320, generator=generator).view(-1, 4), clusters(64, 4, first=320)])
+        plan = BatchPlan(
+            Clusters(table), batch_size=16, seed=0, task_N=task_N, task_names=("a", "b"), task_weights={"a": weight},
+            begun=begun,
+        )  # fmt: skip
+        trained += torch.bincount(plan.epoch(epoch).flatten(), minlength=384)
+        begun = plan.hand_over(epoch + 1)
+    assert (begun.offered_N is None) == weight.is_integer()
+    assert (trained[320:] == 8).all()
+    # drawn anew each epoch, 0.5 would give from 0 to 8 times, and 1.5 from 8 to 16
+    assert (trained[:320] - 8 * weight).abs().max() <= (0 if weight.is_integer() else 2)
+
+
+def test_a_plan_that_hands_over_at_once_hands_on_what_it_was_given() -> None:
+    begun = HandOver(3, torch.tensor([1, 2]), torch.arange(32) % 2)
+    plan = BatchPlan(random_clusters(32), batch_size=16, seed=0, begun=begun)
+    assert plan.hand_over(3) is begun
 
 
 @pytest.mark.parametrize(

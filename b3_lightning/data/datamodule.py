@@ -24,7 +24,7 @@ from b3_lightning.data.sampler import Done, EpochBatches, EpochLoader, count_ste
 from b3_lightning.data.splits import Split
 from b3_lightning.data.teacher import check_teacher
 from b3_lightning.data.vectors import VECTOR_SUFFIXES, check_vectors
-from b3_lightning.mining import BatchPlan, MinedPlan, MiningSettings, Processes
+from b3_lightning.mining import BatchPlan, HandOver, MinedPlan, MiningSettings, Processes
 from b3_lightning.mining.store import sha256
 from b3_lightning.mining.whatif import Questions, TaskAnswer
 
@@ -325,17 +325,15 @@ class PairsDataModule(L.LightningDataModule):
     def _use(self, mined: MinedPlan, epoch: int, **about: Any) -> None:
         """Draw batches from ``mined`` from this epoch on; rows that the last plan carried come first."""
         old = self._batch_plan
-        carried = old.carried_after(epoch - 1) if old is not None and epoch > 0 else None
-        first_epoch = epoch if carried is not None else 0
-        self._in_use = {"epoch": first_epoch, "carried": [] if carried is None else carried.tolist(), **about}
+        begun = HandOver() if old is None else old.hand_over(epoch)
+        self._in_use = {"begun": begun._asdict(), **about}
         self._draw_from(mined)
 
     def _draw_from(self, mined: MinedPlan) -> None:
         self.mined = mined
         self._batch_plan = BatchPlan(
             **self._random_plan() | {"clusters": mined.clusters},
-            first_epoch=self._in_use["epoch"],
-            carried=torch.tensor(self._in_use["carried"], dtype=torch.int64),
+            begun=HandOver(**self._in_use["begun"]),
             mined_frac=self.mined_frac,
         )
 

@@ -6,6 +6,7 @@ from b3_lightning.mining.alike import keys_of as keys_of
 from b3_lightning.mining.alike import left_out as left_out
 from b3_lightning.mining.alike import listed as listed
 from b3_lightning.mining.batches import BatchPlan as BatchPlan
+from b3_lightning.mining.batches import HandOver as HandOver
 from b3_lightning.mining.batches import random_clusters as random_clusters
 from b3_lightning.mining.neighbors import Progress as Progress
 from b3_lightning.mining.pipeline import help_mine as help_mine

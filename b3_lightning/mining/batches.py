@@ -10,11 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from b3_lightning.types import PADDING, Clusters, by_epoch
+
+
+class HandOver(NamedTuple):
+    """Where a plan takes over from an older one.
+
+    Args:
+        epoch: its first.
+        carried: the rows that the older plan left over; they come first.
+        offered_N: (N,) int64, how often each row was offered before, carried ones included, in excess of the row of
+            its task that was so least often; None where all are alike, as with whole weights.
+    """
+
+    epoch: int = 0
+    carried: Tensor = torch.empty(0, dtype=torch.int64)
+    offered_N: Tensor | None = None
 
 
 class BatchPlan:
@@ -27,8 +43,8 @@ class BatchPlan:
         task_N: (N,) int64, the task of every row; one task when absent. Clusters hold one task each.
         task_names: by task id, for messages.
         task_weights: how many times an epoch passes over a task, by name; 1 where absent.
-        first_epoch: the plan takes over at this epoch from an older one.
-        carried: the rows that the older plan left over; they come first.
+        begun: where the plan takes over from an older one. Its passes begin with the clusters whose rows were offered
+            least often, as a pass that the older plan had begun is not gone on with.
         mined_frac: epoch -> the share of clusters that is kept from then on; the rows of the others, another share each
             epoch, are dealt at random, and nearly all batches hold either mined or random clusters. 1 before the first.
             It is a share of a pass over the task, mined batches first, and changes where one begins.
@@ -46,8 +62,7 @@ class BatchPlan:
         task_N: Tensor | None = None,
         task_names: Sequence[str] = ("default",),
         task_weights: Mapping[str, float] | None = None,
-        first_epoch: int = 0,
-        carried: Tensor | None = None,
+        begun: HandOver = HandOver(),  # noqa: B008 - immutable
         mined_frac: Mapping[int, float] | None = None,
     ) -> None:
         wrong = {epoch: frac for epoch, frac in (mined_frac or {}).items() if not 0 <= frac <= 1}
@@ -59,12 +74,11 @@ class BatchPlan:
         if unknown:
             raise ValueError(f"weights name unknown tasks {unknown}; the tasks are {list(task_names)}")
         task_N = torch.zeros(clusters.n_rows, dtype=torch.int64) if task_N is None else task_N
-        carried = torch.empty(0, dtype=torch.int64) if carried is None else carried
         task_C = task_N[clusters.ids_CK[:, 0]]
         self.clusters = clusters
         self.batch_size = batch_size
         self.seed = seed
-        self.first_epoch = first_epoch
+        self.begun = begun
         self._streams = [
             _TaskStream(
                 clusters.ids_CK[task_C == task],
@@ -72,8 +86,7 @@ class BatchPlan:
                 batch_size=batch_size,
                 weight=weights.get(name, 1.0),
                 seed=seed * 1_000_003 + task,
-                first_epoch=first_epoch,
-                carried=carried[task_N[carried] == task],
+                begun=begun._replace(carried=begun.carried[task_N[begun.carried] == task]),
                 mined_frac=mined_frac or {},
             )
             for task, name in enumerate(task_names)
@@ -87,9 +100,20 @@ class BatchPlan:
         """The rows of this epoch that filled no batch; they come first in the next."""
         return torch.cat([stream.carried_after(epoch) for stream in self._streams])
 
+    def hand_over(self, epoch: int) -> HandOver:
+        """What a plan has to know that takes over at ``epoch``."""
+        if epoch == self.begun.epoch:
+            return self.begun
+        before_N = self.begun.offered_N
+        offered_N = torch.zeros(self.clusters.n_rows, dtype=torch.int64) if before_N is None else before_N.clone()
+        for stream in self._streams:
+            offered_N += torch.bincount(stream.offered_until(epoch), minlength=len(offered_N))
+            offered_N[stream.ids] -= offered_N[stream.ids].min()
+        return HandOver(epoch, self.carried_after(epoch - 1), offered_N if offered_N.any() else None)
+
     def epoch(self, epoch: int) -> Tensor:
         """(M, B) int64 row ids, tasks mixed at random."""
-        assert epoch >= self.first_epoch, "this plan takes over later"
+        assert epoch >= self.begun.epoch, "this plan takes over later"
         ids_MB = torch.cat([stream.epoch(epoch) for stream in self._streams])
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         return ids_MB[torch.randperm(len(ids_MB), generator=generator)]
@@ -114,11 +138,11 @@ class _TaskStream:
         batch_size: int,
         weight: float,
         seed: int,
-        first_epoch: int,
-        carried: Tensor,
+        begun: HandOver,
         mined_frac: Mapping[int, float],
     ) -> None:
-        self.n_rows = int((ids_CK != PADDING).sum())
+        self.ids = ids_CK[ids_CK != PADDING]
+        self.n_rows = len(self.ids)
         if self.n_rows < batch_size:
             raise ValueError(
                 f"task {name!r} has {self.n_rows} rows, fewer than batch_size={batch_size}, and a batch holds no row "
@@ -127,7 +151,7 @@ class _TaskStream:
         if weight <= 0:
             raise ValueError(f"the weight of task {name!r} is {weight}; it must be above 0")
         self.ids_CK, self.batch_size, self.weight, self.seed = ids_CK, batch_size, weight, seed
-        self.first_epoch, self.carried, self.mined_frac = first_epoch, carried, mined_frac
+        self.begun, self.mined_frac = begun, mined_frac
 
     def _offered(self, n_epochs: int) -> int:
         """How many rows the first so many epochs offer."""
@@ -144,15 +168,19 @@ class _TaskStream:
         offered = self._offered(epoch + 1)
         return self._rows(offered // self.batch_size * self.batch_size, offered)
 
+    def offered_until(self, epoch: int) -> Tensor:
+        """The rows that this plan's epochs before ``epoch`` offer; those carried into it were offered before."""
+        return self._rows(self._offered(self.begun.epoch), self._offered(epoch))
+
     def _rows(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of the stream, counted from epoch 0."""
-        origin = self._offered(self.first_epoch) - len(self.carried)
+        origin = self._offered(self.begun.epoch) - len(self.begun.carried)
         parts: list[Tensor] = []
-        carried = self.carried
+        carried = self.begun.carried
         n_rows, passed = 0, 0
         while n_rows + len(carried) < stop - origin:
-            generator = torch.Generator().manual_seed((self.seed + self.first_epoch) * 7_919 + passed)
-            epoch = self.first_epoch + int(passed / self.weight)
+            generator = torch.Generator().manual_seed((self.seed + self.begun.epoch) * 7_919 + passed)
+            epoch = self.begun.epoch + int(passed / self.weight)
             rows = self._one_pass(carried, self._shuffled(generator, by_epoch(self.mined_frac, epoch, 1.0)))
             full = len(rows) // self.batch_size * self.batch_size
             parts.append(rows[:full])
@@ -164,6 +192,8 @@ class _TaskStream:
     def _shuffled(self, generator: torch.Generator, mined_frac: float) -> Tensor:
         """(C, K) the whole clusters in random order, the rows of all but a share of them dealt anew at the end."""
         shuffled_CK = self._whole_CK[torch.randperm(len(self._whole_CK), generator=generator)]
+        if self.begun.offered_N is not None:
+            shuffled_CK = shuffled_CK[self.begun.offered_N[shuffled_CK].sum(dim=1).argsort(stable=True)]
         kept = round(mined_frac * len(shuffled_CK))
         rows = shuffled_CK[kept:].flatten()
         if len(rows):
