@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from b3_lightning.mining import MinedPlan, MiningSettings, mine
+from b3_lightning.mining.alike import Alike
 from b3_lightning.mining.hardness import TEMPERATURE, best_hardness, mean_hardness
 from b3_lightning.mining.negatives import draw_negatives
 from b3_lightning.mining.window import rank_window
@@ -77,7 +78,7 @@ def test_no_negative_has_a_target_that_is_masked_under_another_row() -> None:
         Clusters(torch.tensor([[0, 1], [2, 3], [4, 5]])),
         Neighbors(ids_NW, torch.zeros(6, 2), torch.ones(6)),
         Window(~masked_NW, masked_NW),
-        [torch.tensor([0, 1, 2, 3, 2, 5])],
+        Alike([torch.tensor([0, 1, 2, 3, 2, 5])]),
         MiningSettings(cluster_size=2, n_negatives=1),
     )
     assert set(drawn_NH[:2].flatten().tolist()) <= {3, PADDING}
@@ -130,14 +131,13 @@ def test_few_labels_are_ranked_as_labels_and_meet_in_clusters() -> None:
     assert mined.hardness["mined"] > mined.hardness["random"]
 
 
-def test_labels_of_an_equal_query_are_left_out() -> None:
+@pytest.mark.parametrize("alike", ["query_keys", "groups"])
+def test_labels_of_an_equal_query_or_group_are_left_out_and_no_others(alike: str) -> None:
     label_vectors, label = labelled(400, 6)
-    asked = [row // 2 for row in range(400)]
-    mined = mine(
-        vectors(400), label_vectors[label], settings=MiningSettings(cluster_size=4, label_share=1.0),
-        target_keys=label, query_keys=asked,
-    )  # fmt: skip
-    right = [{int(label[row]), int(label[row ^ 1])} for row in range(400)]
+    chosen = MiningSettings(cluster_size=4, label_share=1.0)
+    pairs: dict[str, Any] = {alike: [row // 2 if row < 200 else None for row in range(400)]}  # then alone, each
+    mined = mine(vectors(400), label_vectors[label], settings=chosen, target_keys=label, **pairs)
+    right = [{int(label[row]), int(label[row ^ 1 if row < 200 else row])} for row in range(400)]
     for row, ids in enumerate(mined.neighbors.ids_NW.tolist()):
         found = [int(label[other]) for other in ids if other >= 0]
         assert set(found) == set(range(6)) - right[row]
@@ -230,7 +230,7 @@ def test_a_cluster_draws_what_more_of_its_rows_find_hard() -> None:
     firsts = []
     for seed in range(400):
         chosen = MiningSettings(n_negatives=1, seed=seed)
-        negative_NH = draw_negatives(clusters, neighbors, window, [torch.arange(24)], chosen)
+        negative_NH = draw_negatives(clusters, neighbors, window, Alike([torch.arange(24)]), chosen)
         assert negative_NH[4:].tolist() == [[-1]] * 20
         firsts.append(int(negative_NH[0, 0]))  # the first ticket drawn goes to the first row
     assert 70 < firsts.count(8) < 130
@@ -254,7 +254,7 @@ def test_hardness_is_the_mean_loss_without_what_training_leaves_out() -> None:
             others = [other for other in batch if not alike(one, other)]
             logits = [float(embeddings.query_ND[one] @ embeddings.target_ND[o]) / TEMPERATURE for o in [one, *others]]
             losses.append(math.log(sum(math.exp(logit) for logit in logits)) - logits[0])
-    found = mean_hardness(embeddings, keys, ids_MB, lambda ids_B: masked[ids_B])
+    found = mean_hardness(embeddings, Alike(keys), ids_MB, lambda ids_B: masked[ids_B])
     assert found == pytest.approx(np.mean(losses), rel=1e-5)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from b3_lightning.data.foreign import ForeignPairs, normal
 from b3_lightning.data.pairs import Item
-from b3_lightning.mining import KnownTargets, left_out
+from b3_lightning.mining import Alike
 from b3_lightning.types import Embeddings
 
 MEANING = {
@@ -208,7 +208,7 @@ def suspect(pairs: ForeignPairs, vectors: Embeddings, *, margin: float, easy: bo
         n_unknown += sum(key not in row_of for key in keys)
         score = vectors.target_ND[known] @ vectors.query_ND[row]
         found += _worst(row, known, score - positive_N[row] - margin)
-    scores = _Scores(vectors, (_codes(pairs.target), _codes(pairs.query)))
+    scores = _Scores(vectors, Alike([_codes(pairs.target), _codes(pairs.query)]))
     chance = random.Random(0)
     for batch, rows in pairs.batches.items():
         ids_B = torch.tensor(rows)
@@ -229,12 +229,12 @@ def suspect(pairs: ForeignPairs, vectors: Embeddings, *, margin: float, easy: bo
 class _Scores:
     """Cosines of rows' queries with other rows' targets, -inf for what is no negative: an equal target or query."""
 
-    def __init__(self, vectors: Embeddings, keys: Sequence[Tensor]) -> None:
-        self._vectors, self._keys, self._known = vectors, keys, KnownTargets(keys)
+    def __init__(self, vectors: Embeddings, alike: Alike) -> None:
+        self._vectors, self._alike = vectors, alike
 
     def of_negatives(self, ids_B: Tensor, ids_C: Tensor) -> Tensor:
         score_BC = self._vectors.query_ND[ids_B] @ self._vectors.target_ND[ids_C].T
-        return score_BC.masked_fill_(left_out(ids_B, ids_C, self._keys, self._known), -torch.inf)
+        return score_BC.masked_fill_(self._alike.left_out(ids_B, ids_C), -torch.inf)
 
     def hardest_by_chance(self, ids_B: Tensor, drawn_B: Tensor) -> Tensor:
         """(B,) each row's hardest negative among as many others as its own batch holds."""

@@ -1,9 +1,9 @@
 """From a teacher's vectors to batches of hard negatives: pure functions on tensors, no trainer, no logger."""
 
+from b3_lightning.mining.alike import Alike as Alike
 from b3_lightning.mining.alike import KnownTargets as KnownTargets
 from b3_lightning.mining.alike import equal as equal
 from b3_lightning.mining.alike import keys_of as keys_of
-from b3_lightning.mining.alike import left_out as left_out
 from b3_lightning.mining.alike import listed as listed
 from b3_lightning.mining.batches import BatchPlan as BatchPlan
 from b3_lightning.mining.batches import HandOver as HandOver

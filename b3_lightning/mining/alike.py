@@ -8,11 +8,68 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from b3_lightning.types import PADDING
+
+_ALL = slice(None)
+
+
+@dataclass(frozen=True)
+class Alike:
+    """What makes rows alike: they are no negatives of one another.
+
+    Args:
+        keys: (N,) int64 each, not negative but for -1, none: of the targets first, then of queries and groups; rows
+            with an equal one are alike.
+    """
+
+    keys: Sequence[Tensor]
+
+    @property
+    def target_N(self) -> Tensor:
+        """(N,) the keys of the targets."""
+        return self.keys[0]
+
+    @cached_property
+    def known(self) -> KnownTargets:
+        """Right answers of the rows that stand in other rows."""
+        return KnownTargets(self.keys)
+
+    def take(self, rows: Tensor) -> Alike:
+        """Of these rows alone."""
+        return Alike([key_N[rows] for key_N in self.keys])
+
+    def to(self, device: torch.device) -> Alike:
+        """The same on a device."""
+        return Alike([key_N.to(device) for key_N in self.keys])
+
+    def exclusions(
+        self, queries: slice | Tensor = _ALL, targets: slice | Tensor = _ALL
+    ) -> list[tuple[Tensor | KnownTargets, Tensor]]:
+        """For the search of neighbours among ``targets``: what none of ``queries`` may have; rows, all unless given."""
+        found: list[tuple[Tensor | KnownTargets, Tensor]] = [(key_N[queries], key_N[targets]) for key_N in self.keys]
+        if self.known:
+            found.append((self.known if queries is _ALL else self.known[queries], self.target_N[targets]))
+        return found
+
+    def left_out(self, ids_B: Tensor, ids_C: Tensor, masked_BM: Tensor | None = None) -> Tensor:
+        """(B, C) bool: what training leaves out, the rows' own targets too.
+
+        Args:
+            masked_BM: rows that a plan masks for each of ``ids_B``, padded with -1; whoever else holds their targets is
+                left out as well.
+        """
+        out_BC = torch.zeros(len(ids_B), len(ids_C), dtype=torch.bool, device=ids_B.device)
+        for key_N in self.keys:
+            out_BC |= equal(key_N[ids_B], key_N[ids_C])
+        key_C = self.target_N[ids_C]
+        if self.known:
+            out_BC |= listed(self.known[ids_B], key_C)
+        return out_BC if masked_BM is None else out_BC | listed(keys_of(masked_BM, self.target_N), key_C)
 
 
 class KnownTargets:
@@ -85,11 +142,6 @@ class _Table:
         return _Table(*(part.to(device) for part in parts))
 
 
-def exclusions(keys: Sequence[Tensor], known: KnownTargets) -> list[tuple[Tensor | KnownTargets, Tensor]]:
-    """For the search of neighbours: what no row may have, of the rows themselves; ``known`` is of these keys."""
-    return [*((key_N, key_N) for key_N in keys), *([(known, keys[0])] if known else [])]
-
-
 def equal(own_B: Tensor, other_C: Tensor) -> Tensor:
     """(B, C) bool: equal values; -1 stands for none, and equals nothing."""
     return (own_B[:, None] == other_C) & (own_B[:, None] != PADDING)
@@ -107,25 +159,6 @@ def listed(listed_BM: Tensor, value_C: Tensor) -> Tensor:
     step_BC.scatter_add_(1, last_BM, -found_BM.int())
     inside_BC = step_BC.cumsum(1)[:, :-1] > 0
     return torch.empty_like(inside_BC).index_copy_(1, order_C, inside_BC)
-
-
-def left_out(
-    ids_B: Tensor, ids_C: Tensor, keys: Sequence[Tensor], known: KnownTargets, masked_BM: Tensor | None = None
-) -> Tensor:
-    """(B, C) bool: what training leaves out, the rows' own targets too.
-
-    Args:
-        keys: (N,) each, of the targets first; rows with an equal one are alike.
-        known: targets, of these keys.
-        masked_BM: rows that a plan masks for each of ``ids_B``, padded with -1; whoever else holds their targets is
-            left out as well.
-    """
-    out_BC = torch.zeros(len(ids_B), len(ids_C), dtype=torch.bool, device=ids_B.device)
-    for key_N in keys:
-        out_BC |= equal(key_N[ids_B], key_N[ids_C])
-    if known:
-        out_BC |= listed(known[ids_B], keys[0][ids_C])
-    return out_BC if masked_BM is None else out_BC | listed(keys_of(masked_BM, keys[0]), keys[0][ids_C])
 
 
 def keys_of(ids: Tensor, key_N: Tensor) -> Tensor:

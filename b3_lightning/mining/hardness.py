@@ -5,12 +5,12 @@ Shapes: N = rows, M = batches, B = rows of a batch, W = ranks kept, R = sampled 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from b3_lightning.mining.alike import KnownTargets, left_out
+from b3_lightning.mining.alike import Alike
 from b3_lightning.types import Embeddings, Neighbors, Window
 
 Masked = Callable[[Tensor], Tensor]
@@ -21,19 +21,17 @@ _MOST_ROWS = 2**16
 """Rows looked at: the standard error of their mean is below 1%, and seconds suffice for any N."""
 
 
-def mean_hardness(
-    embeddings: Embeddings, keys: Sequence[Tensor], ids_MB: Tensor, masked: Masked | None = None
-) -> float:
+def mean_hardness(embeddings: Embeddings, alike: Alike, ids_MB: Tensor, masked: Masked | None = None) -> float:
     """Mean InfoNCE loss of query -> target over the rows of these batches, without what training leaves out.
 
     Args:
-        keys: (N,) each, of the targets first; rows with an equal one are no negatives of each other.
+        alike: which rows are no negatives of each other.
         masked: rows -> (B, M) the rows that a plan masks for them, padded with -1.
     """
-    losses, known = [], KnownTargets(keys)
+    losses = []
     for ids_B in ids_MB[_spread(len(ids_MB), max(1, _MOST_ROWS // ids_MB.shape[1]))]:
         score_BB = embeddings.query_ND[ids_B] @ embeddings.target_ND[ids_B].T / TEMPERATURE
-        out_BB = left_out(ids_B, ids_B, keys, known, None if masked is None else masked(ids_B))
+        out_BB = alike.left_out(ids_B, ids_B, None if masked is None else masked(ids_B))
         score_BB.masked_fill_(out_BB.fill_diagonal_(False), -torch.inf)
         losses.append(score_BB.logsumexp(dim=1) - score_BB.diagonal())
     return float(torch.cat(losses).double().mean())

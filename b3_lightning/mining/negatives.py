@@ -9,12 +9,10 @@ H = negatives a row, P = (group, candidate) pairs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from b3_lightning.mining.alike import KnownTargets
+from b3_lightning.mining.alike import Alike
 from b3_lightning.mining.groups import place_in_group
 from b3_lightning.mining.settings import MiningSettings
 from b3_lightning.types import PADDING, Clusters, Neighbors, Window
@@ -24,15 +22,12 @@ _RANKS_AT_ONCE = 2**22
 
 
 def draw_negatives(
-    clusters: Clusters, neighbors: Neighbors, window: Window, keys: Sequence[Tensor], settings: MiningSettings
+    clusters: Clusters, neighbors: Neighbors, window: Window, alike: Alike, settings: MiningSettings
 ) -> Tensor:
     """(N, H) int64, H = ``n_negatives``: rows whose targets are each row's negatives; -1 where too few can be drawn.
 
-    No negative lies in its row's cluster (it is in the batch anyway), shares a key with a row of the group, is masked
+    No negative lies in its row's cluster (it is in the batch anyway), is alike to a row of the group, is masked
     for one of them or known to be right, or has the target of another one of the group.
-
-    Args:
-        keys: (N,) int64 each: of targets, and of what else tells that two rows answer one another.
     """
     device = clusters.ids_CK.device
     groups_GK = (
@@ -41,12 +36,12 @@ def draw_negatives(
     n_random = settings.n_random_negatives
     n_hard = settings.n_negatives - n_random
     generator = torch.Generator().manual_seed(settings.seed)
-    cluster_N, known = clusters.cluster_of_row(), KnownTargets(keys)
+    cluster_N = clusters.cluster_of_row()
     negative_NH = clusters.ids_CK.new_full((len(neighbors), settings.n_negatives), PADDING)
     if settings.n_negatives == 0:
         return negative_NH
     for part_GK in groups_GK.split(max(1, _RANKS_AT_ONCE // (groups_GK.shape[1] * neighbors.ids_NW.shape[1]))):
-        group = _Group(part_GK, neighbors, window, keys, known, cluster_N)
+        group = _Group(part_GK, neighbors, window, alike, cluster_N)
         hard_P, count_P = group.distinct(group.allowed(group.codes(window.hard_NW)))
         hard_GKH = group.deal(hard_P, count_P, n_hard, generator)
         chosen_P = group.targets(_codes(hard_GKH.flatten(1), len(neighbors)))
@@ -73,18 +68,17 @@ class _Group:
         part_GK: Tensor,
         neighbors: Neighbors,
         window: Window,
-        keys: Sequence[Tensor],
-        known: KnownTargets,
+        alike: Alike,
         cluster_N: Tensor,
     ) -> None:
-        self._part_GK, self._near_NW, self._keys = part_GK, neighbors.ids_NW, keys
+        self._part_GK, self._near_NW, self._alike = part_GK, neighbors.ids_NW, alike
         self._n_rows = len(neighbors)
         self._cluster_G, self._cluster_N = cluster_N[part_GK[:, 0]], cluster_N
         self._wrong_P = self.targets(self.codes(window.masked_NW))
-        if known:
-            known_GKM = known[part_GK.clamp(min=0).flatten()].view(*part_GK.shape, -1)
+        if alike.known:
+            known_GKM = alike.known[part_GK.clamp(min=0).flatten()].view(*part_GK.shape, -1)
             known_GKM = known_GKM.masked_fill((part_GK == PADDING)[:, :, None], PADDING)
-            self._wrong_P = torch.cat([self._wrong_P, _codes(known_GKM.flatten(1), int(keys[0].max()) + 1)])
+            self._wrong_P = torch.cat([self._wrong_P, _codes(known_GKM.flatten(1), int(alike.target_N.max()) + 1)])
 
     def codes(self, mark_NW: Tensor) -> Tensor:
         """The marked neighbours of every group's rows; one that several rows mark stands there several times."""
@@ -103,7 +97,7 @@ class _Group:
         group_P, row_P = code_P // self._n_rows, code_P % self._n_rows
         wrong_P = torch.isin(self.targets(code_P), self._wrong_P)  # by whatever row the target is named
         ok_P = (self._cluster_N[row_P] != self._cluster_G[group_P]) & ~wrong_P
-        for key_N in self._keys:
+        for key_N in self._alike.keys:
             n_keys = int(key_N.max()) + 1
             own_GK = key_N[self._part_GK.clamp(min=0)].masked_fill(self._part_GK == PADDING, PADDING)
             ok_P &= ~torch.isin(group_P * n_keys + key_N[row_P], _codes(own_GK, n_keys))
@@ -111,7 +105,7 @@ class _Group:
 
     def targets(self, code_P: Tensor) -> Tensor:
         """Each candidate's group and target as one number."""
-        key_N = self._keys[0]
+        key_N = self._alike.target_N
         return code_P // self._n_rows * (int(key_N.max()) + 1) + key_N[code_P % self._n_rows]
 
     def distinct(self, code_P: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,14 +7,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from b3_lightning.mining.alike import KnownTargets, exclusions
+from b3_lightning.mining.alike import Alike
 from b3_lightning.mining.approximate import find_neighbors_approximately
 from b3_lightning.mining.backends import Backend, choose_backend
 from b3_lightning.mining.batches import BatchPlan, check_batch_size, random_clusters
@@ -101,26 +101,21 @@ def help_mine(
     rows = Rows.check(query_ND, target_ND, settings, **values)
     search = Search(settings, choose_backend(settings), stages, None)
     for task in rows.by_task():
-        search.rank(task, choose_ranks(task.embeddings, task.keys, settings.of_task(task.name)))
+        search.rank(task, choose_ranks(task.embeddings, task.alike, settings.of_task(task.name)))
 
 
 @dataclass(frozen=True)
 class Task:
-    """The rows ``ids`` of one task, numbered from 0; ``keys``: of targets, then what else makes two rows alike."""
+    """The rows ``ids`` of one task, numbered from 0."""
 
     name: str
     ids: Tensor
     embeddings: Embeddings
-    keys: Sequence[Tensor]
-
-    @cached_property
-    def known(self) -> KnownTargets:
-        """Right answers of the rows that stand in other rows."""
-        return KnownTargets(self.keys)
+    alike: Alike
 
     def window(self, neighbors: Neighbors, settings: MiningSettings, choice: RankChoice) -> Window:
         """The ranks chosen, of neighbours on any device."""
-        key_N = self.keys[0].to(neighbors.ids_NW.device)
+        key_N = self.alike.target_N.to(neighbors.ids_NW.device)
         ranks = {"first_rank": choice.first_rank, "n_ranks": choice.n_ranks}
         return rank_window(neighbors, settings, **ranks, target_key_N=key_N)
 
@@ -130,7 +125,7 @@ class Rows:
     """All rows, checked."""
 
     embeddings: Embeddings
-    keys: Sequence[Tensor]
+    alike: Alike
     task_N: Tensor
     task_names: tuple[str, ...]
 
@@ -154,12 +149,12 @@ class Rows:
         task_N, task_names = _tasks(tasks, n_rows)
         settings.check_tasks(task_names)
         settings.check_fits(dict(zip(task_names, torch.bincount(task_N).tolist(), strict=True)))
-        return cls(embeddings, keys, task_N, task_names)
+        return cls(embeddings, Alike(keys), task_N, task_names)
 
     def by_task(self) -> Iterator[Task]:
         for task, name in enumerate(self.task_names):
             ids = (self.task_N == task).nonzero().flatten()
-            yield Task(name, ids, self.embeddings.take(ids), [key_N[ids] for key_N in self.keys])
+            yield Task(name, ids, self.embeddings.take(ids), self.alike.take(ids))
 
 
 @dataclass(frozen=True)
@@ -182,8 +177,7 @@ class Search:
         if choice.labels:
             return rank_labels(
                 embeddings,
-                task.keys[0],
-                task.keys[1:],
+                task.alike,
                 n_ranks=choice.n_ranks,
                 seed=settings.seed,
                 device=device,
@@ -192,7 +186,7 @@ class Search:
         query_ND, target_ND = embeddings.query_ND, embeddings.target_ND
         search |= {
             "n_neighbors": choice.first_rank + choice.n_ranks,
-            "exclude": exclusions(task.keys, task.known),
+            "exclude": task.alike.exclusions(),
         }
         if settings.neighbors == "exact":
             ids_NW, scores_NW = find_neighbors(query_ND, target_ND, device=device, **search)
@@ -212,9 +206,9 @@ class Search:
         content = fingerprint(
             query=task.embeddings.query_ND,
             target=task.embeddings.target_ND,
-            keys=torch.stack(list(task.keys)),
-            choice=[choice.labels, choice.first_rank + choice.n_ranks],
-            **({"without": "known targets"} if task.known else {}),
+            keys=torch.stack(list(task.alike.keys)),
+            choice=["labels" if choice.labels else "rows", choice.first_rank + choice.n_ranks],
+            **({"without": "known targets"} if task.alike.known else {}),
             how=[self.settings.neighbors, self.settings.min_recall, self.settings.seed],
         )
         return self.stages.stage("neighbours", content)
@@ -227,7 +221,7 @@ def _mine_task(task: Task, search: Search) -> MinedPlan:
     seconds: dict[str, float] = {}
     timed = partial(_timed, seconds=seconds, progress=search.progress)
     with timed("ranks"):
-        choice = choose_ranks(embeddings, task.keys, settings)
+        choice = choose_ranks(embeddings, task.alike, settings)
         _log_choice(task.name, n_rows, choice)
     backend.check_memory(n_rows, embeddings.query_ND.shape[1], choice.last_rank + 1)
     with timed("neighbours"):
@@ -242,8 +236,7 @@ def _mine_task(task: Task, search: Search) -> MinedPlan:
     with timed("swaps"):
         clusters = improve_by_swaps(clusters, tied, max_rounds=settings.swap_rounds)
     with timed("negatives"):
-        keys = [key_N.to(backend.device) for key_N in task.keys]
-        negative_NH = draw_negatives(clusters, neighbors, window, keys, settings)
+        negative_NH = draw_negatives(clusters, neighbors, window, task.alike.to(backend.device), settings)
     host = partial(to_device, device=torch.device("cpu"))
     return MinedPlan(
         neighbors=host(neighbors),
@@ -286,7 +279,7 @@ def _log_choice(task: str, n_rows: int, choice: RankChoice) -> None:
 def _hardness(mined: MinedPlan, rows: Rows, batch_size: int) -> dict[str, float]:
     """Of batches of the first epoch: mined, without what the plan masks; random, with and without it; and the bound."""
     seed = mined.settings.seed
-    hardness_of = partial(mean_hardness, rows.embeddings, rows.keys)
+    hardness_of = partial(mean_hardness, rows.embeddings, rows.alike)
     random = replace(mined, clusters=random_clusters(mined.n_rows))
     random_MB = random.batches(batch_size=batch_size, seed=seed).epoch(0)
     of_labels = torch.tensor([mined.ranks[name].labels for name in mined.task_names])

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from b3_lightning.mining.alike import KnownTargets, exclusions
+from b3_lightning.mining.alike import Alike
 from b3_lightning.mining.groups import permutation
 from b3_lightning.mining.neighbors import find_neighbors, positive_scores
 from b3_lightning.mining.settings import MiningSettings
@@ -50,29 +50,29 @@ class RankChoice:
         return self.first_rank + self.n_ranks - 1
 
 
-def ranks_labels(keys: Sequence[Tensor], settings: MiningSettings) -> bool:
-    """Is this a labels task? ``keys`` as of ``choose_ranks``, of all rows."""
-    few = len(keys[0].unique()) * _ROWS_PER_LABEL <= len(keys[0])
+def ranks_labels(alike: Alike, settings: MiningSettings) -> bool:
+    """Is this a labels task? ``alike`` is of all its rows."""
+    few = len(alike.target_N.unique()) * _ROWS_PER_LABEL <= len(alike.target_N)
     return settings.ranked == "labels" or (settings.ranked == "auto" and few)
 
 
-def choose_ranks(embeddings: Embeddings, keys: Sequence[Tensor], settings: MiningSettings) -> RankChoice:
-    """Fix what ``settings`` leaves to the data; ``keys``: (N,) each, of targets, then what else makes rows alike."""
-    n_rows, n_targets = len(embeddings), len(keys[0].unique())
+def choose_ranks(embeddings: Embeddings, alike: Alike, settings: MiningSettings) -> RankChoice:
+    """Fix what ``settings`` leaves to the data."""
+    n_rows, n_targets = len(embeddings), len(alike.target_N.unique())
     by_size = max(1, min(40 + 2 * settings.cluster_size, n_rows // 10))
     n_ranks = by_size if isinstance(settings.n_ranks, str) else settings.n_ranks
-    if ranks_labels(keys, settings):
+    if ranks_labels(alike, settings):
         n_ranks = max(1, min(n_ranks, -(-int(settings.label_share * 1e6) * (n_targets - 1) // 10**6)))
         reason = f"{n_targets} targets serve {n_rows} rows, so labels are ranked: the nearest {n_ranks} others are hard"
         return RankChoice(True, 0, n_ranks, reason)
     if not isinstance(settings.first_rank, str):
         return RankChoice(False, settings.first_rank, n_ranks, "as set")
-    return _estimate(embeddings, keys, n_ranks, settings.seed)
+    return _estimate(embeddings, alike, n_ranks, settings.seed)
 
 
-def _estimate(embeddings: Embeddings, keys: Sequence[Tensor], n_ranks: int, seed: int) -> RankChoice:
+def _estimate(embeddings: Embeddings, alike: Alike, n_ranks: int, seed: int) -> RankChoice:
     n_looked_at = min(_N_RANKS, max(1, len(embeddings) // 10))
-    near_SW, beaten_SW, reliable = _evidence(embeddings, keys, n_looked_at, seed)
+    near_SW, beaten_SW, reliable = _evidence(embeddings, alike, n_looked_at, seed)
     evidence_SW = near_SW | beaten_SW
     share_W = evidence_SW.double().mean(dim=0)
     # a score above the positive's can be chance, a nearly identical text cannot, however far such a family reaches
@@ -94,17 +94,17 @@ def _estimate(embeddings: Embeddings, keys: Sequence[Tensor], n_ranks: int, seed
     return RankChoice(False, first_rank, n_ranks, reason, tuple(share_W.tolist()))
 
 
-def _evidence(embeddings: Embeddings, keys: Sequence[Tensor], n_ranks: int, seed: int) -> tuple[Tensor, Tensor, bool]:
+def _evidence(embeddings: Embeddings, alike: Alike, n_ranks: int, seed: int) -> tuple[Tensor, Tensor, bool]:
     """(S, W) bool each: is the target at this rank, or its query, nearly the row's own; does it score above the
     positive, where that counts as evidence? And: does it count?"""
     query_ND, target_ND = embeddings.query_ND, embeddings.target_ND
-    order = permutation(len(embeddings), seed, keys[0].device)
+    order = permutation(len(embeddings), seed, query_ND.device)
     sample, other = order[:_N_SAMPLED], order.roll(1)[:_N_SAMPLED]
     ids_SW, score_SW = find_neighbors(
         query_ND[sample],
         target_ND,
         n_neighbors=n_ranks,
-        exclude=[(key_N[sample], target_key_N) for key_N, target_key_N in exclusions(keys, KnownTargets(keys))],
+        exclude=alike.exclusions(sample),
     )
     alike_SW = torch.zeros_like(ids_SW, dtype=torch.bool)
     for vector_ND in (query_ND, target_ND):

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from b3_lightning.mining.alike import left_out
 from b3_lightning.mining.backends import choose_backend
 from b3_lightning.mining.batches import BatchPlan, random_clusters
 from b3_lightning.mining.communities import find_communities
@@ -160,8 +159,8 @@ def _answer(task: Task, search: Search, questions: Questions) -> TaskAnswer:
     settings = search.settings.of_task(task.name)
     sample = _sampled(task, questions.max_rows, settings.seed)
     # whether few targets serve many rows is seen on all rows, not on a sample
-    ranked: Ranked = "labels" if ranks_labels(task.keys, settings) else "rows"
-    estimate = choose_ranks(sample.embeddings, sample.keys, replace(settings, first_rank="auto", ranked=ranked))
+    ranked: Ranked = "labels" if ranks_labels(task.alike, settings) else "rows"
+    estimate = choose_ranks(sample.embeddings, sample.alike, replace(settings, first_rank="auto", ranked=ranked))
     windows = _windows(estimate, len(sample.ids), settings, questions)
     widest = max(window.first_rank + window.n_ranks for window in windows)
     neighbors = search.rank(sample, estimate if estimate.labels else replace(windows[0], first_rank=0, n_ranks=widest))
@@ -199,7 +198,7 @@ def _sampled(task: Task, max_rows: int, seed: int) -> Task:
     if len(task.ids) <= max_rows:
         return task
     rows = permutation(len(task.ids), seed, task.ids.device)[:max_rows].sort().values
-    return Task(task.name, task.ids[rows], task.embeddings.take(rows), [key_N[rows] for key_N in task.keys])
+    return Task(task.name, task.ids[rows], task.embeddings.take(rows), task.alike.take(rows))
 
 
 def _windows(estimate: RankChoice, n_rows: int, settings: MiningSettings, questions: Questions) -> list[RankChoice]:
@@ -266,8 +265,7 @@ class _Judge:
 
     def __init__(self, task: Task, *, reliable: bool, seed: int) -> None:
         query_ND, target_ND = task.embeddings.query_ND, task.embeddings.target_ND
-        self._query_ND, self._target_ND, self._keys = query_ND, target_ND, task.keys
-        self._known = task.known
+        self._query_ND, self._target_ND, self._alike = query_ND, target_ND, task.alike
         self.n_rows, self.reliable, self.seed = len(task.ids), reliable, seed
         order = permutation(self.n_rows, seed, query_ND.device)
         sample, other = order[:_N_ANCHORS], order.roll(1)[:_N_ANCHORS]
@@ -296,7 +294,7 @@ class _Judge:
         ids_A = ids_B[place_A]
         score_AB = self._query_ND[ids_A] @ self._target_ND[ids_B].T
         positive_A = self._positive_N[ids_A]
-        same_AB = left_out(ids_A, ids_B, self._keys, self._known, None if masked_NW is None else masked_NW[ids_A])
+        same_AB = self._alike.left_out(ids_A, ids_B, None if masked_NW is None else masked_NW[ids_A])
         suspect_AB = score_AB > positive_A[:, None] if self.reliable else torch.zeros_like(same_AB)
         for vector_ND, near in self._near:
             suspect_AB |= 1 - vector_ND[ids_A] @ vector_ND[ids_B].T < near
