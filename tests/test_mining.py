@@ -340,11 +340,21 @@ def test_settings_that_nothing_reads_are_refused() -> None:
         (MiningSettings(communities="metis", cut="louvain"), "communities=metis"),
         (MiningSettings(backend="cpu", max_level=9), "backend=cpu"),
         (MiningSettings(ranked="rows", label_share=0.5, per_task={"a": {"first_rank": 1}}), "ranked=rows"),
+        (MiningSettings(ranked="labels", first_rank=5), "ranked=labels"),
+        (MiningSettings(ranked="labels", edges="either", per_task={"a": {"n_ranks": 9}}), "ranked=labels"),
     ):
         with pytest.raises(ValueError, match=f"is without effect with data.mining.{other}: change that, or leave"):
             chosen.check_used()
     MiningSettings(neighbors="approximate", min_recall=0.9, threshold=1e-3).check_used()
     MiningSettings(ranked="rows", label_share=0.5, per_task={"a": {"ranked": "labels"}}).check_used()
+    MiningSettings(ranked="labels", first_rank=5, per_task={"a": {"ranked": "rows"}}).check_used()
+    of_one = MiningSettings(
+        per_task={"a": {"ranked": "labels", "n_ranks": 9}, "b": {"ranked": "labels", "first_rank": 9}}
+    )
+    with pytest.raises(
+        ValueError, match="per_task: first_rank of 'b' is without effect with ranked=labels: change that"
+    ):
+        of_one.check_used()
 
 
 def test_arcs_leave_out_missing_ranks() -> None:

@@ -57,7 +57,6 @@ class Finding:
         wrong: what makes it unusable, in words.
         odd: what differs from the table and does not hinder.
         n_rows: found; 0 where there are no files.
-        n_expected: rows in the table.
         n_images: distinct images named by its rows.
         n_checked: of these, looked for.
         absent: those of them that are not there.
@@ -65,7 +64,6 @@ class Finding:
 
     name: str
     part: Part
-    n_expected: int
     wrong: str = ""
     odd: str = ""
     n_rows: int = 0
@@ -84,20 +82,19 @@ def check_dataset(task: MmebTask, place: Place) -> Finding:
     name, expected = place.name_of(task), task.n_train_rows if place.part == "train" else N_EVAL_QUERIES
     try:
         if not find_shards(place.folder / name):
-            return Finding(name, place.part, expected, wrong=f"no {place.split}-*.parquet")
+            return Finding(name, place.part, wrong=f"no {place.split}-*.parquet")
         files = [pq.ParquetFile(path) for path in shards_of(place.folder / name, place.split)]
     except (ValueError, OSError) as error:  # no such split, a file of it missing or cut off (pyarrow: ValueError)
-        return Finding(name, place.part, expected, wrong=str(error))
+        return Finding(name, place.part, wrong=str(error))
     n_rows = sum(file.metadata.num_rows for file in files)
     lacking = [column for column in COLUMNS[place.part] if any(column not in file.schema_arrow.names for file in files)]
     if lacking:
-        return Finding(name, place.part, expected, f"no column {', '.join(lacking)}", n_rows=n_rows)
+        return Finding(name, place.part, f"no column {', '.join(lacking)}", n_rows=n_rows)
     paths = _image_paths(files, IMAGE_COLUMNS[place.part])
     chosen = paths if place.sample is None else random.Random(0).sample(paths, min(place.sample, len(paths)))
     return Finding(
         name,
         place.part,
-        expected,
         wrong=f"{n_rows:,} of {expected:,} rows" if n_rows < expected else "",
         odd=f"{n_rows:,} rows, the paper's table has {expected:,}" if n_rows > expected else "",
         n_rows=n_rows,

@@ -31,7 +31,6 @@ class MmebTask:
         meta: which of the four meta-tasks.
         in_domain: is it among the 20 that are trained on (IND), or among the 16 that are not (OOD)?
         n_train_rows: rows of its MMEB-train file; 0 for those not trained on.
-        n_candidates: targets that a query is ranked against, at most.
         query: what a query is.
         target: what a target is.
         query_text: the query's text as MMEB writes it, ``{}`` being the row's own words.
@@ -44,7 +43,6 @@ class MmebTask:
     meta: Meta
     in_domain: bool
     n_train_rows: int
-    n_candidates: int
     query: Kind
     target: Kind
     query_text: str
@@ -73,33 +71,27 @@ _WIKIPEDIA_TARGET = f"{_I}Represent the given Wikipedia image with related text 
 
 
 def _classification(
-    name: str, n_train_rows: int, n_candidates: int, query_text: str, *, query: Kind = "I", name_in_train: str = ""
+    name: str, n_train_rows: int, query_text: str, *, query: Kind = "I", name_in_train: str = ""
 ) -> MmebTask:
     return MmebTask(
-        name, "classification", n_train_rows > 0, n_train_rows, n_candidates, query, "T", _I + query_text,
+        name, "classification", n_train_rows > 0, n_train_rows, query, "T", _I + query_text,
         target_prompt=LABEL_PROMPT, name_in_train=name_in_train,
     )  # fmt: skip
 
 
 def _vqa(name: str, n_train_rows: int) -> MmebTask:
     question = f"{_I}Represent the given image with the following question: {{}}"
-    return MmebTask(
-        name, "vqa", n_train_rows > 0, n_train_rows, 1000, "I+T", "T", question, target_prompt=ANSWER_PROMPT
-    )
+    return MmebTask(name, "vqa", n_train_rows > 0, n_train_rows, "I+T", "T", question, target_prompt=ANSWER_PROMPT)
 
 
 def _retrieval(
     name: str, n_train_rows: int, kinds: tuple[Kind, Kind], query_text: str, target_text: str, target_prompt: str = ""
 ) -> MmebTask:
-    return MmebTask(
-        name, "retrieval", n_train_rows > 0, n_train_rows, 1000, *kinds, query_text, target_text, target_prompt
-    )
+    return MmebTask(name, "retrieval", n_train_rows > 0, n_train_rows, *kinds, query_text, target_text, target_prompt)
 
 
 def _grounding(name: str, n_train_rows: int, target: Kind, query_text: str, target_text: str) -> MmebTask:
-    return MmebTask(
-        name, "grounding", n_train_rows > 0, n_train_rows, 1000, "I+T", target, _I + query_text, target_text
-    )
+    return MmebTask(name, "grounding", n_train_rows > 0, n_train_rows, "I+T", target, _I + query_text, target_text)
 
 
 _EXPRESSION = "Select the portion of the image that follows the language expressions"
@@ -108,22 +100,22 @@ _OBJECT = "Identify the object shown in the image"
 _SCENE = "Identify the scene shown in the image"
 
 TASKS: tuple[MmebTask, ...] = (
-    _classification("ImageNet-1K", 100_000, 1000, _CLASSIFY, name_in_train="ImageNet_1K"),
+    _classification("ImageNet-1K", 100_000, _CLASSIFY, name_in_train="ImageNet_1K"),
     _classification(
-        "N24News", 48_988, 24,
+        "N24News", 48_988,
         "Represent the given news image with the following caption for domain classification: {}", query="I+T",
     ),
     _classification(
-        "HatefulMemes", 8_500, 2,
+        "HatefulMemes", 8_500,
         "Represent the given image for binary classification to determine whether it constitutes hateful speech or not",
     ),
-    _classification("VOC2007", 7_844, 20, _OBJECT),
-    _classification("SUN397", 19_850, 397, _SCENE),
-    _classification("Place365", 0, 365, _SCENE),
-    _classification("ImageNet-A", 0, 1000, _CLASSIFY),
-    _classification("ImageNet-R", 0, 200, _CLASSIFY),
-    _classification("ObjectNet", 0, 313, _OBJECT),
-    _classification("Country211", 0, 211, "Identify the country depicted in the image"),
+    _classification("VOC2007", 7_844, _OBJECT),
+    _classification("SUN397", 19_850, _SCENE),
+    _classification("Place365", 0, _SCENE),
+    _classification("ImageNet-A", 0, _CLASSIFY),
+    _classification("ImageNet-R", 0, _CLASSIFY),
+    _classification("ObjectNet", 0, _OBJECT),
+    _classification("Country211", 0, "Identify the country depicted in the image"),
     _vqa("OK-VQA", 9_009),
     _vqa("A-OKVQA", 17_056),
     _vqa("DocVQA", 39_463),

@@ -12,7 +12,8 @@ from typing import Any
 from b3_lightning.data.mmeb import find_task, without_image_token
 from b3_lightning.data.pairs import Item
 from b3_lightning.evaluation.scoring import OwnCandidates
-from b3_lightning.evaluation.sets import EvalSet, ItemTable, ReadSettings, read_files, rows_fingerprint
+from b3_lightning.evaluation.sets import EvalSet, ItemTable, ReadSettings, read_files
+from b3_lightning.mining import fingerprint
 from b3_lightning.types import name_rows
 
 COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
@@ -48,7 +49,7 @@ def read_mmeb(name: str, settings: ReadSettings) -> EvalSet:
         "n_equal_to_gold": sum(candidates.count(candidates[0]) - 1 for candidates in candidates_QC),
     }
     scoring = OwnCandidates(table.positions(query_Q), candidates_QC)
-    rows = rows_fingerprint(**columns)
+    rows = fingerprint(**columns)
     return EvalSet(name, table.items, table.contents, settings.root, {name: scoring}, rows, notes)
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from b3_lightning.data.mmeb import find_task, without_image_token
 from b3_lightning.data.pairs import Item
 from b3_lightning.evaluation.scoring import SharedCandidates
-from b3_lightning.evaluation.sets import EvalSet, ItemTable, ReadSettings, read_files, rows_fingerprint
+from b3_lightning.evaluation.sets import EvalSet, ItemTable, ReadSettings, read_files
+from b3_lightning.mining import fingerprint
 from b3_lightning.types import name_rows
 
 
@@ -49,7 +50,7 @@ def read_retrieval(name: str, settings: ReadSettings) -> EvalSet:
         for way, (texts, pictures) in tasks.items()
     }
     notes = {"n_images": len(images), "n_captions": len(flat)}
-    return EvalSet(name, table.items, table.contents, settings.root, dict(scorings), rows_fingerprint(**columns), notes)
+    return EvalSet(name, table.items, table.contents, settings.root, dict(scorings), fingerprint(**columns), notes)
 
 
 def _instructions(way: str, settings: ReadSettings) -> tuple[str, str]:

@@ -11,7 +11,6 @@ from b3_lightning.data import tables
 from b3_lightning.data.images import ImageCheck, check_images
 from b3_lightning.data.pairs import Item, Modality, modality_of
 from b3_lightning.evaluation.scoring import Scoring
-from b3_lightning.mining import fingerprint
 
 
 @dataclass(frozen=True)
@@ -90,11 +89,6 @@ class ItemTable:
     def positions(self, items: Iterable[Item]) -> list[int]:
         """Where these items stand among ``items``."""
         return [self._position[item] for item in items]
-
-
-def rows_fingerprint(**content: Any) -> str:
-    """Names the rows of a set."""
-    return fingerprint(**content)
 
 
 def find_files(data: Path, name: str) -> list[Path]:

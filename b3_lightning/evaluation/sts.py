@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from b3_lightning.data.pairs import Item
 from b3_lightning.evaluation.scoring import ScoredPairs
-from b3_lightning.evaluation.sets import EvalSet, ItemTable, ReadSettings, read_files, rows_fingerprint
+from b3_lightning.evaluation.sets import EvalSet, ItemTable, ReadSettings, read_files
+from b3_lightning.mining import fingerprint
 from b3_lightning.types import name_rows
 
 STS_NAMES = ("STS12", "STS13", "STS14", "STS15", "STS16", "STSb", "SICK-R")
@@ -38,4 +39,4 @@ def read_sts(name: str, settings: ReadSettings) -> EvalSet:
     sides = [[Item(settings.query_prompt + text, "") for text in side] for side in (first, second)]
     table = ItemTable([*sides[0], *sides[1]], settings, where)
     scoring = ScoredPairs(table.positions(sides[0]), table.positions(sides[1]), score)
-    return EvalSet(name, table.items, table.contents, settings.root, {name: scoring}, rows_fingerprint(**columns))
+    return EvalSet(name, table.items, table.contents, settings.root, {name: scoring}, fingerprint(**columns))

@@ -13,7 +13,8 @@ from typing import Any
 
 from b3_lightning.data.pairs import Item
 from b3_lightning.evaluation.scoring import SharedCandidates
-from b3_lightning.evaluation.sets import EvalSet, ItemTable, ReadSettings, read_files, rows_fingerprint
+from b3_lightning.evaluation.sets import EvalSet, ItemTable, ReadSettings, read_files
+from b3_lightning.mining import fingerprint
 from b3_lightning.mining.store import write_bytes
 from b3_lightning.types import name_rows
 
@@ -53,7 +54,7 @@ def read_visdoc(name: str, settings: ReadSettings) -> EvalSet:
         [right[str(query)] for query in queries["query-id"]],
         "ndcg_linear@5",
     )
-    rows = rows_fingerprint(**queries, paths=paths, qrels=qrels)
+    rows = fingerprint(**queries, paths=paths, qrels=qrels)
     return EvalSet(name, table.items, table.contents, settings.root, {name: scoring}, rows, {"n_pages": len(pages)})
 
 

@@ -42,6 +42,9 @@ _IDLE_WITH: dict[str, tuple[str, tuple[object, ...]]] = {
     "max_level": ("backend", ("cpu",)),
     "negatives_of": ("n_negatives", (0,)),
     "random_negatives": ("n_negatives", (0,)),
+    "first_rank": ("ranked", ("labels",)),
+    "edges": ("ranked", ("labels",)),
+    "neighbors": ("ranked", ("labels",)),
 }
 """A setting -> another and its values, with which nothing reads the first."""
 _CHOICES = {
@@ -176,15 +179,21 @@ class MiningSettings:
 
     def check_used(self) -> None:
         """Refuse a setting that was changed and that nothing reads, with any task's own values."""
-        of_tasks = [self, *(self.of_task(task) for task in self.per_task)]
-        for setting in fields(self):
-            other, idle = _IDLE_WITH.get(setting.name, ("", ()))
-            value = getattr(self, setting.name)
-            if value != setting.default and idle and all(getattr(own, other) in idle for own in of_tasks):
+        of_task = {task: self.of_task(task) for task in self.per_task}
+        default = {setting.name: setting.default for setting in fields(self)}
+        for name, (other, idle) in _IDLE_WITH.items():
+            value = getattr(self, name)
+            if value != default[name] and all(getattr(one, other) in idle for one in (self, *of_task.values())):
                 raise ValueError(
-                    f"data.mining.{setting.name}={value} is without effect with data.mining.{other}="
-                    f"{getattr(self, other)}: change that, or leave {setting.name} at {setting.default}"
+                    f"data.mining.{name}={value} is without effect with data.mining.{other}={getattr(self, other)}: "
+                    f"change that, or leave {name} at {default[name]}"
                 )
+            for task, one in of_task.items():
+                if name in self.per_task[task] and getattr(one, other) in idle:
+                    raise ValueError(
+                        f"data.mining.per_task: {name} of {task!r} is without effect with {other}="
+                        f"{getattr(one, other)}: change that, or leave {name} out"
+                    )
         if self.random_negatives and self.n_negatives and self.n_random_negatives == 0:
             raise ValueError(
                 f"data.mining.random_negatives={self.random_negatives} of data.mining.n_negatives={self.n_negatives} "
