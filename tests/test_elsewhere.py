@@ -370,7 +370,7 @@ def test_a_csv_file_of_several_epochs_counts_a_row_once(tmp_path: Path, capsys: 
     ("more", "message"),
     [
         (["--columns", "qry"], "--columns qry: write OURS=THEIRS"),
-        (["--columns", "query=a"], r"--columns names \['query'\]"),
+        (["--columns", "query=a"], r"columns maps \['query'\]; what can be mapped is"),
         (["--columns", "qry=b"], r"no column \['b'\]; it has \['a', 'pos_text'\]"),
         ([], "no column for the query.*--columns qry=YOUR_COLUMN"),
         (["--columns", "qry=a", "--in_order"], "give --batch_size too"),

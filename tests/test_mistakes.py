@@ -31,11 +31,11 @@ def told(
     """Run a command on a good config of 40 pairs, with one mistake; returns what it says on its way out."""
     rows = "".join(f"question {row},answer {row}\n" for row in range(40))
     (tmp_path / "pairs.csv").write_text("qry,pos_text\n" + rows)
-    (tmp_path / "other.csv").write_text("question,answer\n" + rows)
+    (tmp_path / "other.csv").write_text("asked,reply\n" + rows)
     (tmp_path / "null.csv").write_text("qry,pos_text\n" + rows + "question,\n,answer\n")
     (tmp_path / "picture.csv").write_text("qry_image_path,pos_text\n" + "no.png,a\n" * 40)
     (tmp_path / "empty.csv").write_text("")
-    (tmp_path / "half.csv").write_text("question,qry_image_path,pos_text\n" + "what,,that\n" * 40)
+    (tmp_path / "half.csv").write_text("asked,qry_image_path,pos_text\n" + "what,,that\n" * 40)
     (tmp_path / "bad.ckpt").write_text("no checkpoint")
     vectors = np.random.default_rng(0).normal(size=(2, 40, 8))
     np.save(tmp_path / "short.npy", vectors[:, :37])
@@ -80,13 +80,13 @@ data:
     [
         (
             ["--data.train_pairs=other.csv"],
-            "neither a column 'qry' .* it has .*'question'.*{path: other.csv, columns: {qry: YOUR_COLUMN}}",
+            "neither a column 'qry' .* it has .*'asked'.*{path: other.csv, columns: {qry: YOUR_COLUMN}}",
         ),
         (["--data.train_pairs=absent.csv"], "no pairs file absent.csv .looked from"),
         (["--data.train_pairs=empty.csv"], "empty.csv is empty"),
         (
-            ["--data.train_pairs={path: other.csv, columns: {question: qry, answer: pos_text}}"],
-            "columns maps .*; write it the other way round, ours first: {'qry': 'question', 'pos_text': 'answer'}",
+            ["--data.train_pairs={path: other.csv, columns: {asked: qry, reply: pos_text}}"],
+            "columns maps .*; write it the other way round, ours first: {'qry': 'asked', 'pos_text': 'reply'}",
         ),
         (
             ["--data.train_pairs={path: other.csv, colums: {qry: question}}"],
@@ -149,7 +149,7 @@ data:
         (["--run.dir=config.yaml/run"], "config.yaml is a file, so nothing can be written into config.yaml/run; name"),
         (
             ["--data.train_pairs=half.csv"],
-            "the query is null or empty in .* .it has no column 'qry', only .*'question'",
+            "the query is null or empty in .* .it has no column 'qry', only .*'asked'",
         ),
         (["--model.chunks.items=0"], "^error: chunks: items=0 and tokens=None must be above 0"),
         (["--model.embedder="], "model.embedder is not set"),

@@ -72,6 +72,22 @@ def _table(folder: Path, **columns: Sequence[str | None] | list[int]) -> str:
     return str(path)
 
 
+def test_common_names_of_columns_are_known_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = {"anchor": ["a"], "positive": ["b"], "negative_1": ["c"], "negative_2": [""], "negative_10": ["d"]}
+    with caplog.at_level("INFO", "b3_lightning"):
+        pairs = load_pairs(PairSource(_table(tmp_path, **names), target_prompt="is "))
+    assert (pairs.items("query"), pairs.items("target")) == ([Item("a", "")], [Item("is b", "")])
+    assert pairs.negatives == [[Item("is c", ""), Item("is d", "")]]
+    assert "qry is read from 'anchor', pos_text is read from 'positive'" in caplog.text
+    assert "hard negatives are read from 'negative_1', 'negative_2', 'negative_10' too" in caplog.text
+    # our own name goes first, what is mapped before that, and a column is read once
+    both = {"qry": ["own"], "anchor": ["theirs"], "pos_text": ["p"], "negative": ["n"]}
+    assert load_pairs(_table(tmp_path, **both)).items("query") == [Item("own", "")]
+    mapped = load_pairs(PairSource(_table(tmp_path, **both), columns={"qry": "anchor", "pos_text": "negative"}))
+    assert (mapped.items("query"), mapped.items("target")) == ([Item("theirs", "")], [Item("n", "")])
+    assert mapped.negatives == [[]]
+
+
 def test_bad_files_are_named(tmp_path: Path) -> None:
     good = _write(tmp_path, "parquet")
     with pytest.raises(FileNotFoundError, match=r"no pairs file absent.parquet"):
@@ -85,7 +101,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no rows"):
         load_pairs(_table(tmp_path, qry=[], pos_text=[]))
     with pytest.raises(ValueError, match="neither a column 'pos_text' nor 'pos_image_path' for the target"):
-        load_pairs(_table(tmp_path, qry=["a"], answer=["b"]))
+        load_pairs(_table(tmp_path, qry=["a"], reply=["b"]))
     with pytest.raises(ValueError, match=r"has no column \['reply'\]; it has"):
         load_pairs(PairSource(good, columns={"pos_text": "reply"}))
     with pytest.raises(ValueError, match=r"columns maps \['positive'\]"):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,26 +11,14 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from b3_lightning.data.columns import ALIASES, columns_of, numbered_negatives
 from b3_lightning.data.ordered import ORDERED
-from b3_lightning.data.pairs import TEXT_AND_IMAGE, Item, PairSource, read_negatives, read_strings, what_maps
+from b3_lightning.data.pairs import TEXT_AND_IMAGE, Item, PairSource, read_negatives, read_strings
 from b3_lightning.data.tables import read_table, whole_numbers
 from b3_lightning.mining.groups import permutation
 from b3_lightning.types import name_rows
 
-ALIASES = {
-    "qry": ("qry", "anchor", "query", "question", "sentence1"),
-    "pos_text": ("pos_text", "positive", "pos", "answer", "document", "sentence2"),
-    "neg_text": ("neg_text", "negative", "neg", "negatives", "hard_negative", "hard_negatives"),
-    "qry_image_path": ("qry_image_path",),
-    "pos_image_path": ("pos_image_path",),
-    "neg_image_path": ("neg_image_path",),
-    "batch": ("batch",),
-    "group": ("group",),
-    "key": ("key",),
-}
-"""What each column may be called where it is not said; the first that is there counts."""
 _NO_BATCH = (None, -1, "-1", "")
-_NUMBERED = re.compile(r"negative_\d+")
 
 
 @dataclass(frozen=True)
@@ -86,7 +73,6 @@ def read_foreign(path: str, columns: Mapping[str, str]) -> ForeignPairs:
     if table.num_rows == 0:
         raise ValueError(f"{path} holds no rows")
     names = _names(path, table.column_names, columns)
-    numbered = [name for name in table.column_names if _NUMBERED.fullmatch(name) and name not in names.values()]
     text = {ours: read_strings(table, names[ours], path, False) if ours in names else [""] * table.num_rows
             for ours in (*TEXT_AND_IMAGE["query"], *TEXT_AND_IMAGE["target"])}  # fmt: skip
     sides = {
@@ -98,11 +84,11 @@ def read_foreign(path: str, columns: Mapping[str, str]) -> ForeignPairs:
     return ForeignPairs(
         sides["query"],
         sides["target"],
-        _negatives(table, names, numbered, path),
+        list(read_negatives(table, PairSource(path, columns=names))),
         _batches(table, names.get("batch"), path),
         _labels(table, names.get("group")),
         _labels(table, names.get("key")),
-        columns={**names, **{name: name for name in numbered}},
+        columns={**names, **{name: name for name in numbered_negatives(table.column_names, names)}},
         empty=empty,
         source_row=_source_rows(table, path) if set(ORDERED) <= set(table.column_names) else None,
     )
@@ -117,31 +103,13 @@ def deal_batches(n_rows: int, batch_size: int, *, in_order: bool, seed: int = 0)
 
 
 def _names(path: str, found: list[str], columns: Mapping[str, str]) -> dict[str, str]:
-    unknown = sorted(set(columns) - set(ALIASES))
-    if unknown:
-        raise ValueError(f"--columns names {unknown}; {what_maps(columns, list(ALIASES))}")
-    absent = sorted(set(columns.values()) - set(found))
-    if absent:
-        raise ValueError(f"{path} has no column {absent}; it has {found}")
-    known = {ours: next((name for name in names if name in found), None) for ours, names in ALIASES.items()}
-    names = {ours: name for ours, name in {**known, **columns}.items() if name is not None}
+    names = columns_of(path, found, columns, list(ALIASES))
     for side, pair in TEXT_AND_IMAGE.items():
         if not set(pair) & set(names):
             raise ValueError(
                 f"{path} has no column for the {side}; it has {found}. Say --columns {pair[0]}=YOUR_COLUMN"
             )
     return names
-
-
-def _negatives(table: pa.Table, names: Mapping[str, str], numbered: Sequence[str], path: str) -> list[list[Item]]:
-    """Those of the one column and of ``negative_1``, ``negative_2``, ...: sentence-transformers' names."""
-    absent = {"neg_text": "", "neg_image_path": ""}  # a name that no column has
-    own = {ours: names[ours] for ours in absent if ours in names}
-    negatives = list(read_negatives(table, PairSource(path, columns={**absent, **own})))
-    for name in numbered:
-        for items, text in zip(negatives, read_strings(table, name, path, False), strict=True):
-            items += [Item(text, "")] if text else []
-    return negatives
 
 
 def _batches(table: pa.Table, column: str | None, path: str) -> dict[Any, list[int]]:

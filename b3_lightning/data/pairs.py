@@ -3,7 +3,7 @@
 Columns (MMEB-train's names): ``qry``, ``qry_image_path``, ``pos_text``, ``pos_image_path``; each side needs text, an
 image or both in every row. Optional are ``group``: rows that share one are never each other's negatives; and
 ``neg_text``, ``neg_image_path``: hard negatives of a row, one or a list, the empty string for none. Other names are
-mapped by ``PairSource.columns``.
+mapped by ``PairSource.columns``; common ones (``anchor``, ``positive``, ``negative``, ...) are known.
 
 MMEB's texts carry ``<|image_1|>`` where the image belongs, and some carry it without an image. A file with it anywhere
 has it taken out of all its texts, with the line break after it and what is blank at the ends: the model's own processor
@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from b3_lightning.data.columns import columns_of, numbered_negatives
 from b3_lightning.data.mmeb import IMAGE_TOKEN, without_image_token
 from b3_lightning.data.tables import is_list, read_table, whole_numbers
 from b3_lightning.types import name_rows
@@ -190,7 +191,7 @@ def load_pairs(sources: str | PairSource | Sequence[str | PairSource], n_negativ
         task = source.name
         if weights.setdefault(task, source.weight) != source.weight:
             raise ValueError(f"task {task!r} is given the weights {weights[task]} and {source.weight}; give it one")
-        table = _without_image_tokens(read_table(source.path, source.split or "train"), source)
+        table, source = _read(source)
         read = _read_columns(table, source)
         for listed in read_negatives(table, source):
             negatives.append(listed[:n_negatives])
@@ -215,10 +216,25 @@ def _tell_joined(given: Sequence[PairSource]) -> None:
             log.info("%s are one task, %r, by their names; {path: ..., task: ...} gives each its own", same, name)
 
 
+def _read(source: PairSource) -> tuple[pa.Table, PairSource]:
+    """The file, and the source with the names of all of its columns that are read."""
+    table = read_table(source.path, source.split or "train")
+    columns = columns_of(source.path, table.column_names, source.columns, [*COLUMNS, *NEGATIVE_COLUMNS])
+    guessed = {ours: name for ours, name in columns.items() if name != ours and ours not in source.columns}
+    if guessed:
+        log.info("%s: %s", source.path, ", ".join(f"{ours} is read from {name!r}" for ours, name in guessed.items()))
+    numbered = numbered_negatives(table.column_names, columns)
+    if numbered:
+        log.info("%s: hard negatives are read from %s too", source.path, ", ".join(map(repr, numbered)))
+    source = replace(source, columns=columns)
+    return _without_image_tokens(table, source), source
+
+
 def _without_image_tokens(table: pa.Table, source: PairSource) -> pa.Table:
     """Clean the texts of a file that holds MMEB's placeholder for images."""
-    names = [source.columns.get(name, name) for name in ("qry", "pos_text", "neg_text")]
-    texts = {name: table[name].to_pylist() for name in names if name in table.column_names}
+    names = [source.columns[name] for name in ("qry", "pos_text", "neg_text") if name in source.columns]
+    names += numbered_negatives(table.column_names, source.columns)
+    texts = {name: table[name].to_pylist() for name in names}
     n_found = sum(IMAGE_TOKEN in str(value) for values in texts.values() for value in values)
     if n_found:
         log.info("%s: %s taken out of the texts of %d cells", source.path, IMAGE_TOKEN, n_found)
@@ -237,18 +253,10 @@ def _without_image_token(value: Any) -> Any:
 def _read_columns(table: pa.Table, source: PairSource) -> dict[str, list[str]]:
     if table.num_rows == 0:
         raise ValueError(f"{source.path} holds no rows")
-    unknown = sorted(set(source.columns) - {*COLUMNS, *NEGATIVE_COLUMNS})
-    if unknown:
-        raise ValueError(f"columns maps {unknown}; {what_maps(source.columns, [*COLUMNS, *NEGATIVE_COLUMNS])}")
-    absent = {name: theirs for name, theirs in source.columns.items() if theirs not in table.column_names}
-    if absent:
-        raise ValueError(f"{source.path} has no column {sorted(absent.values())}; it has {table.column_names}")
     read = {}
     for name in COLUMNS:
-        theirs = source.columns.get(name, name)
-        present = theirs in table.column_names
-        numbers = name == "group"
-        read[name] = read_strings(table, theirs, source.path, numbers) if present else [""] * table.num_rows
+        theirs, numbers = source.columns.get(name), name == "group"
+        read[name] = [""] * table.num_rows if theirs is None else read_strings(table, theirs, source.path, numbers)
     for side, pair in TEXT_AND_IMAGE.items():
         _check_side(side, pair, table.column_names, source)
     _check_filled(read, table.column_names, source)
@@ -258,30 +266,25 @@ def _read_columns(table: pa.Table, source: PairSource) -> dict[str, list[str]]:
     return read
 
 
-def what_maps(given: Mapping[str, str], ours: Sequence[str]) -> str:
-    """What can be mapped to the columns of a file, where something else was named."""
-    turned = {theirs: name for name, theirs in given.items()}
-    if set(turned) <= set(ours):
-        return f"write it the other way round, ours first: {turned}"
-    return f"what can be mapped is {list(ours)}"
-
-
 def read_negatives(table: pa.Table, source: PairSource) -> Iterator[list[Item]]:
-    """Every row's hard negatives, a few rows at a time; the target's prompt goes before their texts too.
+    """Every row's hard negatives, a few rows at a time, those of numbered columns last.
+
+    The target's prompt goes before their texts too.
 
     Raises:
         ValueError: on the first of them, where the columns hold what is no text, or not as many texts as images.
     """
     nothing = pa.nulls(table.num_rows, pa.string())
-    names = [source.columns.get(name, name) for name in NEGATIVE_COLUMNS]
-    columns = [table[name] if name in table.column_names else nothing for name in names]
+    names = [source.columns.get(name) for name in NEGATIVE_COLUMNS]
+    names += numbered_negatives(table.column_names, source.columns)
+    columns = [nothing if name is None else _decoded(table[name]) for name in names]
     counts = [_count_listed(column) for column in columns]
     for name, column, count_N in zip(names, columns, counts, strict=True):
         kind = column.type.value_type if is_list(column.type) else column.type
         if not any(is_text(kind) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)):
             rows = name_rows(count_N.nonzero()[0].tolist())
             raise ValueError(f"{source.path}: {name!r} must hold texts or lists of texts; not so in {rows}")
-    texts_N, images_N = counts
+    texts_N, images_N = counts[:2]
     uneven = ((texts_N != images_N) & (texts_N > 0) & (images_N > 0)).nonzero()[0].tolist()
     if uneven:
         raise ValueError(
@@ -289,8 +292,9 @@ def read_negatives(table: pa.Table, source: PairSource) -> Iterator[list[Item]]:
         )
     for start in range(0, table.num_rows, _ROWS_AT_ONCE):
         parts = [column.slice(start, _ROWS_AT_ONCE).to_pylist() for column in columns]
-        for texts, images in zip(*([_listed(value) for value in part] for part in parts), strict=True):
+        for texts, images, *more in zip(*([_listed(value) for value in part] for part in parts), strict=True):
             both = [(text or "", image or "") for text, image in itertools.zip_longest(texts, images)]
+            both += [(text or "", "") for text in itertools.chain(*more)]
             yield [Item(source.target_prompt + text, image) for text, image in both if text.strip() or image]
 
 
@@ -308,9 +312,7 @@ def _listed(value: Any) -> list[Any]:
 
 def read_strings(table: pa.Table, column: str, path: str, numbers: bool) -> list[str]:
     """The column's texts, null as the empty one; whole numbers as texts where ``numbers`` may stand too."""
-    values = table[column]
-    if pa.types.is_dictionary(values.type):  # pandas' categories
-        values = values.cast(values.type.value_type)
+    values = _decoded(table[column])
     if numbers:
         values = whole_numbers(values)
     if numbers and pa.types.is_integer(values.type):
@@ -323,9 +325,14 @@ def read_strings(table: pa.Table, column: str, path: str, numbers: bool) -> list
     return pc.fill_null(values, "").to_pylist()  # type: ignore[no-any-return]
 
 
+def _decoded(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Pandas' categories as what they stand for."""
+    return values.cast(values.type.value_type) if pa.types.is_dictionary(values.type) else values
+
+
 def _check_side(side: str, pair: tuple[str, str], found: list[str], source: PairSource) -> None:
     text, image = pair
-    if not any(source.columns.get(name, name) in found for name in pair):
+    if not set(pair) & set(source.columns):
         raise ValueError(
             f"{source.path} has neither a column {text!r} nor {image!r} for the {side}; it has {found}. "
             f"Map yours: {{path: {source.path}, columns: {{{text}: YOUR_COLUMN}}}} instead of the path alone"
@@ -337,8 +344,7 @@ def _check_filled(read: dict[str, list[str]], found: list[str], source: PairSour
     for side, (text, image) in TEXT_AND_IMAGE.items():
         empty = [row for row in range(len(read[text])) if not read[text][row].strip() and not read[image][row].strip()]
         if empty:
-            column = source.columns.get(text, text)
-            hint = "" if column in found else f" (it has no column {column!r}, only {found})"
+            hint = "" if text in source.columns else f" (it has no column {text!r}, only {found})"
             wrong.append(f"the {side} is null or empty in {name_rows(empty)}{hint}")
     if wrong:
         raise ValueError(f"{source.path}: {', and '.join(wrong)}, counted from 0; mend or remove them")
