@@ -174,3 +174,6 @@ def test_the_wheel_runs_with_what_it_asks_for_and_without_a_checkout(built: Buil
     assert "FAILED" not in out
     assert (tmp_path / "plan" / "plan.parquet").is_file()
     assert "target 63" in (tmp_path / "plan" / "report.html").read_text(encoding="utf-8")
+    script = subprocess.run([venv / "bin" / "b3_lightning", "mien"], capture_output=True, text=True, check=False)
+    assert script.returncode == 1
+    assert "did you mean mine?" in script.stderr
