@@ -376,7 +376,7 @@ def arms_of(given: argparse.Namespace, bench: Bench) -> Iterator[Arm]:
         named, given_settings = variant.split("=", 1)
         name, _, size = named.partition("@")
         settings = tuple(re.split(r" +(?=--)", given_settings))
-        mining = [setting for setting in settings if setting.startswith("--data.mining")]
+        mining = [setting for setting in settings if setting.startswith(("--data.mining", "--data.teacher"))]
         yield Arm("b3", int(size or 64), name, (*settings, *(plan(mining) if mining else default)))
 
 
