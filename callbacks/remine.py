@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -12,6 +11,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from b3_lightning.data import PairsDataModule, datamodule_of
+from b3_lightning.data.checks import task_sizes
 from b3_lightning.data.miner import Miner, MiningRequest
 from b3_lightning.mining import MinedPlan
 from b3_lightning.types import Edges, by_epoch
@@ -94,7 +94,7 @@ class Remine(Callback):
         if self.enabled:
             data.check_mining()
         for first_rank in self.first_rank.values():
-            replace(data.mining, first_rank=first_rank).check_fits(Counter(data.pairs("train").tasks))
+            replace(data.mining, first_rank=first_rank).check_fits(task_sizes(data.pairs("train")))
         # asked when an epoch's loader is built: on_train_epoch_start is too late, and on_train_epoch_end is not called
         # again for a run that is resumed from the end of an epoch
         data.before_epoch = [partial(self._remine_if_due, trainer)]

@@ -122,6 +122,21 @@ def test_rows_are_trained_on_about_equally_often_when_every_epoch_has_another_pl
     assert (trained[:320] - 8 * weight).abs().max() <= (0 if weight.is_integer() else 2)
 
 
+def test_other_clusters_are_kept_each_pass_whatever_was_offered_before() -> None:
+    clusters_of_8 = Clusters(torch.randperm(512, generator=torch.Generator().manual_seed(0)).view(-1, 8))
+    begun = BatchPlan(clusters_of_8, batch_size=64, seed=1, task_weights={"default": 0.5}).hand_over(1)
+    plan = BatchPlan(
+        clusters_of_8, batch_size=64, seed=0, task_weights={"default": 0.5}, begun=begun, mined_frac={0: 0.5}
+    )
+    cluster_N = clusters_of_8.cluster_of_row()
+    kept = []
+    for first in (1, 3, 5, 7):  # a pass is two epochs
+        cluster_CK = cluster_N[torch.cat([plan.epoch(first), plan.epoch(first + 1)]).flatten()].view(-1, 8)
+        kept.append({int(one[0]) for one in cluster_CK if len(set(one.tolist())) == 1})
+    assert [len(one) for one in kept] == [32] * 4
+    assert len(set.intersection(*kept)) < 10
+
+
 def test_a_plan_that_hands_over_at_once_hands_on_what_it_was_given() -> None:
     begun = HandOver(3, torch.tensor([1, 2]), torch.arange(32) % 2)
     plan = BatchPlan(random_clusters(32), batch_size=16, seed=0, begun=begun)

@@ -233,6 +233,7 @@ def test_batches_of_a_file(tmp_path: Path) -> None:
         ("same_target_in_batch", 1, False),
         ("same_query_in_batch", 0, True),
         ("same_query_in_batch", 2, True),
+        ("positive_of_query_in_batch", 2, False),  # row 1 holds row 0's target, right for row 2 as well
         ("same_pair_in_batch", 4, True),
         ("one_label_batch", 3, True),
         ("same_group_in_batch", 5, True),
@@ -240,6 +241,21 @@ def test_batches_of_a_file(tmp_path: Path) -> None:
         ("uneven_batch", 0, True),
     }
     assert ("shared_target", 7, True) in found, "row 7 is in no batch but has row 0's target"
+
+
+def test_right_answers_of_rows_elsewhere_and_empty_sides_in_a_batch(tmp_path: Path) -> None:
+    found = _audit(
+        tmp_path,
+        {
+            "qry": ["q0", "q1", "q0", "q2", "", "", "q3", "q4"],
+            "pos_text": ["A", "B", "b", "C", "D", "E", "", ""],
+            "batch": [0, 0, 1, 1, 2, 2, 2, 2],
+        },
+        status=3,
+    )  # fmt: skip
+    in_batch = {one for one in found if "batch" in one[0]}
+    assert in_batch == {("positive_of_query_in_batch", 0, False), ("uneven_batch", 4, True)}  # q1's B is row 2's b
+    assert {one for one in found if one[0] == "empty_side"} == {("empty_side", row, True) for row in range(4, 8)}
 
 
 def test_a_batch_counts_all_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

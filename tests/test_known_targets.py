@@ -16,7 +16,7 @@ from torch import Tensor
 
 from b3_lightning.data.collate import PairCollator
 from b3_lightning.data.splits import Split
-from b3_lightning.mining import KnownTargets, MiningSettings, mine
+from b3_lightning.mining import Alike, KnownTargets, MiningSettings, mine
 from b3_lightning.model.loss import Rows, same_key
 
 
@@ -86,6 +86,36 @@ def test_the_loss_leaves_out_every_right_answer(seed: int) -> None:
     right = right_answers(target, [query, group])
     for a, b in itertools.product(range(12), repeat=2):
         assert bool(found[a, b]) == (int(batch[b]) in right[int(batch[a])])
+
+
+def test_right_answers_are_told_within_a_task_alone(tmp_path: Path) -> None:
+    """Two files number their groups from 0, ask the same and have the same labels."""
+    asked, group = [f"q{row}" for row in range(8)], list(range(8))
+    for name, labels in (("irony", ["yes", "no"] * 4), ("spam", ["no", "yes"] * 4)):
+        pq.write_table(pa.table({"qry": asked, "pos_text": labels, "group": group}), tmp_path / f"{name}.parquet")
+    split = Split.read([str(tmp_path / "irony.parquet"), str(tmp_path / "spam.parquet")], tmp_path, "decode")
+    batch = PairCollator(split, tmp_path, lambda texts: {"texts": texts})([0, 1, 2, 3])
+    rows = Rows.of(batch)
+    assert same_key(rows, rows, batch.get("known_BM")).tolist() == [
+        [(a - b) % 2 == 0 for b in range(4)] for a in range(4)
+    ]
+    mined = mine(
+        *torch.randn(2, 16, 4, generator=torch.Generator().manual_seed(0)), batch_size=4, tasks=["a"] * 8 + ["b"] * 8,
+        target_keys=["yes", "no"] * 4 + ["no", "yes"] * 4, query_keys=asked * 2, groups=group * 2,
+        settings=MiningSettings(first_rank=0, n_ranks=3, cluster_size=2, ranked="rows"),
+    )  # fmt: skip
+    assert min(mined.hardness[name] for name in ("mined", "random", "best")) > 0
+
+
+def test_a_part_of_the_rows_knows_what_all_tell() -> None:
+    target, query = (
+        torch.tensor([0, 1, 1, 2]),
+        torch.tensor([0, 0, 1, 2]),
+    )  # by row 1, row 2's target is right for row 0
+    part = Alike([target, query]).take(torch.tensor([0, 2, 3]))
+    rows = torch.arange(3)
+    assert part.left_out(rows, rows).tolist() == [[True, True, False], [False, True, False], [False, False, True]]
+    assert not Alike([target, query]).take(torch.tensor([2, 3])).known
 
 
 def test_a_batch_names_the_right_answers_that_other_rows_hold(tmp_path: Path) -> None:

@@ -111,7 +111,10 @@ data:
         (["--data.batch-size=18"], "batch_size=18 must be a multiple of cluster_size=4; nearest: 16 or 20"),
         (["--data.batch_size=64"], "40 rows, fewer than batch_size=64.*lower data.batch_size"),
         (["--data.mining.cluster_size=64", "--data.batch_size=64"], "40 rows are fewer than cluster_size=64"),
-        (["--data.mining.first_rank=35"], "40 rows are too few for the ranks up to first_rank=35.*lower first_rank"),
+        (
+            ["--data.mining.first_rank=35"],
+            "40 rows of task .pairs. are too few .* first_rank=35.*lower first_rank",
+        ),
         (["--data.batch_size=12", "--trainer.devices=5"], "batch_size=12 must be a multiple of the 5 processes"),
         (["--data.teacher=null"], "data.teacher=null: name a model, a file of vectors, or 'student'"),
         (["--data.teacher=short.npy"], "short.npy holds vectors of 37 rows, the pairs have 40"),

@@ -20,6 +20,7 @@ from b3_lightning.mining.exact import order_keys, read_keys, to_grid
 from b3_lightning.mining.exclusions import Exclusions
 from b3_lightning.mining.neighbors import TargetIndex, find_neighbors, positive_scores
 from b3_lightning.mining.rerank import FoundNeighbors, find_neighbors_with
+from b3_lightning.types import Embeddings
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Pairs = list[tuple[Tensor, Tensor]]
@@ -302,3 +303,16 @@ def test_few_rows_and_rows_without_a_neighbour_are_searched_like_any(n_rows: int
         expected, _ = find_neighbors(vector, vector, n_neighbors=3, exclude=[(keys, keys)])
         assert torch.equal(found.ids_NW, expected)
         assert found.recall == 1
+
+
+def test_targets_that_tie_for_the_last_ranks_are_found_whichever_they_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    share = 1 / torch.arange(1, 41)
+    key = torch.multinomial(share, 2000, replacement=True, generator=generator)
+    target = torch.randn(40, 32, generator=generator)[key]
+    embeddings = Embeddings.from_arrays(target + 0.8 * torch.randn(2000, 32, generator=generator), target)
+    query, target = embeddings.query_ND, embeddings.target_ND
+    exact, _ = find_neighbors(query, target, n_neighbors=20, exclude=[(key, key)])
+    found = find_neighbors_with("faiss", query, target, n_neighbors=20, exclude=[(key, key)], min_recall=1.0)
+    assert found.recall == 1.0
+    assert not torch.equal(found.ids_NW.sort(dim=1).values, exact.sort(dim=1).values)

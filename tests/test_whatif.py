@@ -95,6 +95,18 @@ def test_what_the_plan_masks_is_left_out() -> None:
     assert answer.random[0].hardness > 0.001
 
 
+def test_ranks_behind_a_window_are_masked_no_more_than_in_a_plan() -> None:
+    """Neighbours are ranked once, for the latest window; what is too similar behind an early one is not looked at."""
+    query, target = _vectors(200)
+    settings = MiningSettings(first_rank=0, n_ranks=8, cluster_size=4, max_score=0.3)
+    questions = Questions(batch_sizes=(16,), cluster_sizes=(4,), first_ranks=(0, 60))
+    (answer,) = what_if(query, target, settings=settings, questions=questions)
+    plan = mine(query, target, settings=settings, batch_size=16)
+    (same,) = [figure for figure in answer.mined if figure.setting == (0, 8, 4)]
+    assert same.hardness == pytest.approx(plan.hardness["mined"], rel=1e-5)
+    assert plan.summary()["n_masked"] == 200 * 8
+
+
 def test_large_tasks_are_sampled_and_small_ones_keep_their_rows() -> None:
     query, target = _vectors(200)
     questions = Questions(batch_sizes=(16,), cluster_sizes=(4,), first_ranks=(1,), max_rows=60)

@@ -312,14 +312,24 @@ def test_a_masked_target_is_hard_in_none_of_its_spellings() -> None:
 
 def test_a_window_must_fit_one_task_by_its_own_values() -> None:
     settings = MiningSettings(per_task={"a": {"first_rank": 0, "n_ranks": 10}, "late": {"first_rank": 1000}})
-    settings.check_fits({"a": 100})
-    settings.check_fits({"late": 100, "a": 11})
-    settings.check_fits({"b": 131})
-    with pytest.raises(ValueError, match=r"100 rows .* first_rank=1000 \+ n_ranks=100: more than 1100 rows"):
-        settings.check_fits({"late": 100})
-    with pytest.raises(ValueError, match=r"130 rows .* first_rank=30 \+ n_ranks=100"):
-        settings.check_fits({"b": 130})
-    MiningSettings(ranked="labels").check_fits({"a": 20})
+    settings.check_fits({"a": (100, 100)})
+    settings.check_fits({"late": (100, 100), "a": (11, 11)})
+    settings.check_fits({"b": (131, 131)})
+    settings.check_fits({"b": (120, 12)})  # labels, found by their number, have no such window
+    with pytest.raises(ValueError, match=r"100 rows of task 'late' .* first_rank=1000 \+ n_ranks=100: more than 1100"):
+        settings.check_fits({"late": (100, 100)})
+    with pytest.raises(ValueError, match=r"130 rows of task 'b' .* first_rank=30 \+ n_ranks=100"):
+        settings.check_fits({"b": (130, 130)})
+    with pytest.raises(ValueError, match="25 rows of task '0' are too few"):  # 150 in all
+        settings.check_fits({str(task): (25, 25) for task in range(6)})
+    MiningSettings(ranked="labels").check_fits({"a": (20, 20)})
+
+
+def test_random_negatives_are_drawn_where_few_rows_allow_any() -> None:
+    query, target = vectors(150, seed=3), vectors(150, seed=4)
+    chosen = MiningSettings(cluster_size=8, n_negatives=1, random_negatives=1.0, communities="none")
+    mined = mine(query, target, settings=chosen)  # 30 ranks before the window are masked for each of 8 rows
+    assert mined.summary()["n_negatives_lacking"] == 0
 
 
 def test_families_longer_than_the_ranks_looked_at_are_no_chance() -> None:

@@ -35,6 +35,7 @@ MEANING = {
     "same_pair_in_batch": "the batch holds the same query and target twice",
     "same_target_in_batch": "another query of the batch has this target, so it counts as its negative",
     "same_query_in_batch": "the batch holds another target of this query, which counts as a negative",
+    "positive_of_query_in_batch": "the batch holds a positive that this query has in another row, as another query's",
     "same_group_in_batch": "the batch holds another row of this group, whose target counts as a negative",
     "one_label_batch": "all targets of the batch are the same: no negative is right",
     "uneven_batch": "the batch has another number of rows than most",
@@ -74,10 +75,12 @@ def audit(pairs: ForeignPairs) -> list[Finding]:
     """All findings that need no vectors."""
     found = [Finding("empty_side", row) for row in pairs.empty]
     found += _rows(pairs)
-    found += _negatives(pairs)
+    positives = _Positives(pairs)
+    found += _negatives(pairs, positives)
     found += _conflicts(pairs)
+    empty = set(pairs.empty)
     for batch, rows in pairs.batches.items():
-        found += _in_batch(pairs, batch, rows)
+        found += _in_batch(pairs, batch, [row for row in rows if row not in empty], positives)
     return found
 
 
@@ -125,11 +128,27 @@ class _Others:
             yield Finding(name, row, bool(exact), batch, other, len(others) - 1)
 
 
-def _negatives(pairs: ForeignPairs) -> Iterator[Finding]:
-    positives, as_written = dict[Item, dict[Item, int]](), set[tuple[Item, Item]]()
-    for row, (query, target) in enumerate(zip(pairs.query, pairs.target, strict=True)):
-        positives.setdefault(normal(query), {}).setdefault(normal(target), row)
-        as_written.add((normal(query), target))
+class _Positives:
+    """The targets of every query, and the first row of each; rows with an empty side apart."""
+
+    def __init__(self, pairs: ForeignPairs) -> None:
+        self._rows, self._as_written = dict[Item, dict[Item, int]](), set[tuple[Item, Item]]()
+        empty = set(pairs.empty)
+        for row, (query, target) in enumerate(zip(pairs.query, pairs.target, strict=True)):
+            if row not in empty:
+                self._rows.setdefault(normal(query), {}).setdefault(normal(target), row)
+                self._as_written.add((normal(query), target))
+
+    def of(self, query: Item) -> dict[Item, int]:
+        """Each target of the query, evened out, and the first row that says so."""
+        return self._rows.get(normal(query), {})
+
+    def is_exact(self, query: Item, target: Item) -> bool:
+        """Does a row hold the target as it is written here?"""
+        return (normal(query), target) in self._as_written
+
+
+def _negatives(pairs: ForeignPairs, positives: _Positives) -> Iterator[Finding]:
     for row, items in enumerate(pairs.negatives if pairs.n_negatives else []):
         if row in pairs.again:
             continue
@@ -139,11 +158,11 @@ def _negatives(pairs: ForeignPairs) -> Iterator[Finding]:
         seen, seen_as_written = set[Item](), set[Item]()
         for item in items:
             key = normal(item)
-            right = positives[normal(query)].get(key)
+            right = positives.of(query).get(key)
             if key == normal(target):
                 yield Finding("negative_is_own_positive", row, item == target, text=item.text)
             elif right is not None:
-                exact = (normal(query), item) in as_written
+                exact = positives.is_exact(query, item)
                 yield Finding("negative_is_positive_of_query", row, exact, other=right, n_others=1, text=item.text)
             elif key == normal(query):
                 yield Finding("negative_is_query", row, item == query, text=item.text)
@@ -162,7 +181,7 @@ def _conflicts(pairs: ForeignPairs) -> Iterator[Finding]:
                 yield Finding("conflicting_key", row, other=other, n_others=1, text=key)
 
 
-def _in_batch(pairs: ForeignPairs, batch: object, rows: Sequence[int]) -> Iterator[Finding]:
+def _in_batch(pairs: ForeignPairs, batch: object, rows: Sequence[int], positives: _Positives) -> Iterator[Finding]:
     if len(rows) > 1 and len({normal(pairs.target[row]) for row in rows}) < 2:
         exact = len({pairs.target[row] for row in rows}) < 2
         yield Finding("one_label_batch", rows[0], exact, batch=batch, n_others=len(rows) - 1)
@@ -170,6 +189,9 @@ def _in_batch(pairs: ForeignPairs, batch: object, rows: Sequence[int]) -> Iterat
     targets_of = _Others(pairs.query, pairs.target, rows)
     first, seen = dict[tuple[Item, Item], int](), set[tuple[Item, Item]]()
     groups: dict[str, list[int]] = {}
+    held: dict[Item, list[int]] = {}
+    for row in rows:
+        held.setdefault(normal(pairs.target[row]), []).append(row)
     for row in rows:
         other = first.setdefault((normal(pairs.query[row]), normal(pairs.target[row])), row)
         if other != row:
@@ -178,12 +200,25 @@ def _in_batch(pairs: ForeignPairs, batch: object, rows: Sequence[int]) -> Iterat
         seen.add((pairs.query[row], pairs.target[row]))
         yield from queries_of.of(row, "same_target_in_batch", batch)
         yield from targets_of.of(row, "same_query_in_batch", batch)
+        yield from _positives_elsewhere(pairs, batch, row, held, positives)
         if pairs.group[row]:
             groups.setdefault(pairs.group[row], []).append(row)
     for group, members in groups.items():
         for place, row in enumerate(members if len(members) > 1 else []):
             other = members[0] if place else members[1]
             yield Finding("same_group_in_batch", row, True, batch, other, len(members) - 1, group)
+
+
+def _positives_elsewhere(
+    pairs: ForeignPairs, batch: object, row: int, held: dict[Item, list[int]], positives: _Positives
+) -> Iterator[Finding]:
+    """Right answers of the row that the batch holds as targets of other queries, but for its own."""
+    query, own = normal(pairs.query[row]), normal(pairs.target[row])
+    keys = [key for key in positives.of(pairs.query[row]) if key != own]
+    met = [other for key in keys for other in held.get(key, ()) if normal(pairs.query[other]) != query]
+    if met:
+        exact = [other for other in met if positives.is_exact(pairs.query[row], pairs.target[other])]
+        yield Finding("positive_of_query_in_batch", row, bool(exact), batch, (exact or met)[0], len(met))
 
 
 def suspect(pairs: ForeignPairs, vectors: Embeddings, *, margin: float, easy: bool) -> tuple[list[Finding], int]:

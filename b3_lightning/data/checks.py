@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from b3_lightning.data.pairs import PairTable
+from b3_lightning.data.pairs import Item, PairTable
 from b3_lightning.data.sampler import limited
 from b3_lightning.mining import MinedPlan, MiningSettings
 from b3_lightning.mining.batches import BatchPlan, check_batch_size
@@ -40,7 +40,15 @@ def check_mining(mining: MiningSettings, pairs: PairTable, batch_size: int) -> N
     check_batch_size(batch_size, mining.cluster_size)
     mining.check_used()
     mining.check_tasks(tuple(pairs.task_weights))
-    mining.check_fits(Counter(pairs.tasks))
+    mining.check_fits(task_sizes(pairs))
+
+
+def task_sizes(pairs: PairTable) -> dict[str, tuple[int, int]]:
+    """Rows and distinct targets of every task."""
+    targets: dict[str, set[Item]] = {}
+    for task, target in zip(pairs.tasks, pairs.items("target"), strict=True):
+        targets.setdefault(task, set()).add(target)
+    return {task: (n_rows, len(targets[task])) for task, n_rows in Counter(pairs.tasks).items()}
 
 
 def check_epochs(plan: BatchPlan, trainer: Any) -> None:

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
+from torch import Tensor
 
 from b3_lightning.data.columns import columns_of, numbered_negatives
 from b3_lightning.data.mmeb import IMAGE_TOKEN, without_image_token
@@ -165,6 +167,12 @@ class PairTable:
                 if item.image:
                     rows.setdefault(item.image, []).append(row)
         return rows
+
+
+def task_codes(pairs: PairTable) -> Tensor:
+    """(N,) int64: every row's task, numbered in the order of ``task_weights``."""
+    code = {name: task for task, name in enumerate(pairs.task_weights)}
+    return torch.tensor([code[task] for task in pairs.tasks])
 
 
 def load_pairs(sources: str | PairSource | Sequence[str | PairSource], n_negatives: int | None = None) -> PairTable:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from b3_lightning.data.pairs import PairTable
+from b3_lightning.data.pairs import PairTable, task_codes
 from b3_lightning.mining import BatchPlan, random_clusters
 
 
@@ -62,14 +61,12 @@ class EpochLoader(DataLoader[int]):
 
 def random_batches(pairs: PairTable, batch_size: int, seed: int) -> dict[str, Any]:
     """Arguments of a ``BatchPlan`` whose clusters are single rows; a mined one differs in its clusters alone."""
-    names = tuple(pairs.task_weights)
-    code = {name: task for task, name in enumerate(names)}
     return {
         "clusters": random_clusters(len(pairs)),
         "batch_size": batch_size,
         "seed": seed,
-        "task_N": torch.tensor([code[task] for task in pairs.tasks]),
-        "task_names": names,
+        "task_N": task_codes(pairs),
+        "task_names": tuple(pairs.task_weights),
         "task_weights": pairs.task_weights,
     }
 

@@ -21,8 +21,9 @@ from b3_lightning.data.pairs import (
     TeacherPrompts,
     load_pairs,
     modality_of,
+    task_codes,
 )
-from b3_lightning.mining import KnownTargets, fingerprint
+from b3_lightning.mining import KnownTargets, fingerprint, within_tasks
 from b3_lightning.types import PADDING
 
 Content = tuple[str, str]
@@ -33,7 +34,7 @@ Value = TypeVar("Value", Content, str)
 class Split:
     """Rows with their ``contents`` (text, image digest) by side, and ``keys`` (N,) of query, target and group.
 
-    Equal contents share a key, and so do rows of a group; the key of a row without group is -1.
+    Equal contents share a key, and so do rows of a task's group; the key of a row without group is -1.
 
     ``negative_keys`` are of the hard negatives of the files, equal to a target's where they hold the same.
     """
@@ -69,7 +70,8 @@ class Split:
         codes: dict[str, dict[Content, int]] = {side: {} for side in contents}
         keys = {side: torch.tensor([_code(content, codes[side]) for content in contents[side]]) for side in contents}
         groups, of_groups = pairs.groups or [None] * len(pairs), dict[str, int]()
-        keys["group"] = torch.tensor([PADDING if group is None else _code(group, of_groups) for group in groups])
+        group_N = torch.tensor([PADDING if group is None else _code(group, of_groups) for group in groups])
+        keys["group"] = within_tasks(group_N, task_codes(pairs))
         negatives = [[_content(item, digests) for item in items] for items in pairs.negatives]
         negative_keys = [[_code(content, codes["target"]) for content in listed] for listed in negatives]
         return cls(pairs, keys, contents, negatives, negative_keys)
@@ -90,8 +92,9 @@ class Split:
 
     @cached_property
     def known(self) -> KnownTargets:
-        """Right answers of the rows that stand in other rows."""
-        return KnownTargets([self.keys[name] for name in ("target", "query", "group")])
+        """Right answers of the rows that stand in other rows of their task."""
+        query_N = within_tasks(self.keys["query"], task_codes(self.pairs))
+        return KnownTargets([self.keys["target"], query_N, self.keys["group"]])
 
     @cached_property
     def fingerprint(self) -> str:

@@ -5,6 +5,7 @@ from b3_lightning.mining.alike import KnownTargets as KnownTargets
 from b3_lightning.mining.alike import equal as equal
 from b3_lightning.mining.alike import keys_of as keys_of
 from b3_lightning.mining.alike import listed as listed
+from b3_lightning.mining.alike import within_tasks as within_tasks
 from b3_lightning.mining.batches import BatchPlan as BatchPlan
 from b3_lightning.mining.batches import HandOver as HandOver
 from b3_lightning.mining.batches import random_clusters as random_clusters

@@ -7,7 +7,7 @@ P = (query, target) pairs that are known, G = queries that have them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -40,12 +40,17 @@ class Alike:
         return KnownTargets(self.keys)
 
     def take(self, rows: Tensor) -> Alike:
-        """Of these rows alone."""
-        return Alike([key_N[rows] for key_N in self.keys])
+        """These rows alone, with the right answers that any row tells of."""
+        return self._with(self.known.take(rows), [key_N[rows] for key_N in self.keys])
 
     def to(self, device: torch.device) -> Alike:
         """The same on a device."""
-        return Alike([key_N.to(device) for key_N in self.keys])
+        return self._with(self.known.to(device), [key_N.to(device) for key_N in self.keys])
+
+    def _with(self, known: KnownTargets, keys: Sequence[Tensor]) -> Alike:
+        made = Alike(keys)
+        vars(made)["known"] = known
+        return made
 
     def exclusions(
         self, queries: slice | Tensor = _ALL, targets: slice | Tensor = _ALL
@@ -93,11 +98,19 @@ class KnownTargets:
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
         return torch.cat([table.of_rows(rows) for table in self._tables], dim=1)
 
+    def take(self, rows: Tensor) -> KnownTargets:
+        """Of these rows, counted anew."""
+        return self._of([replace(table, query_N=table.query_N[rows]) for table in self._tables])
+
     def to(self, device: torch.device) -> KnownTargets:
         """The same on a device."""
-        moved = KnownTargets([])
-        moved._tables = [table.to(device) for table in self._tables]
-        return moved
+        return self._of([table.to(device) for table in self._tables])
+
+    @staticmethod
+    def _of(tables: Sequence[_Table]) -> KnownTargets:
+        made = KnownTargets([])
+        made._tables = [table for table in tables if table.query_N.any()]
+        return made
 
 
 @dataclass(frozen=True)
@@ -140,6 +153,12 @@ class _Table:
     def to(self, device: torch.device) -> _Table:
         parts = (self.query_N, self.start_G, self.count_G, self.target_P)
         return _Table(*(part.to(device) for part in parts))
+
+
+def within_tasks(key_N: Tensor, task_N: Tensor) -> Tensor:
+    """Keys that are equal within a task alone; rows of different tasks never share a batch."""
+    n_tasks = int(task_N.max()) + 1 if len(task_N) else 1
+    return torch.where(key_N == PADDING, PADDING, key_N * n_tasks + task_N)
 
 
 def equal(own_B: Tensor, other_C: Tensor) -> Tensor:

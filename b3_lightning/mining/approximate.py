@@ -85,11 +85,11 @@ def find_neighbors_approximately(
 def _enough_probes(search: _ListSearch, query_ND: Tensor, sample: Tensor, min_recall: float) -> tuple[int, float]:
     """Double the number of lists until recall on the sample suffices."""
     query_SD = query_ND[sample]
-    expected_SW = search.reranker.exact_ids(query_SD, sample)
+    expected_SW = search.reranker.exact_scores(query_SD, sample)
     most = max(1, search.n_lists // SCAN_COST)
     n_probes = min(most, search.fewest_probes())
     while True:
-        found_SW, _, n_short = search.search(query_SD, sample, n_probes)
+        _, found_SW, n_short = search.search(query_SD, sample, n_probes)
         recall = search.reranker.recall(found_SW, expected_SW)
         log.info(
             "%d of %d lists a row: recall %.4f of %d sampled rows, %d of them searched exactly",

@@ -192,13 +192,16 @@ class _TaskStream:
     def _shuffled(self, generator: torch.Generator, mined_frac: float) -> Tensor:
         """(C, K) the whole clusters in random order, the rows of all but a share of them dealt anew at the end."""
         shuffled_CK = self._whole_CK[torch.randperm(len(self._whole_CK), generator=generator)]
-        if self.begun.offered_N is not None:
-            shuffled_CK = shuffled_CK[self.begun.offered_N[shuffled_CK].sum(dim=1).argsort(stable=True)]
         kept = round(mined_frac * len(shuffled_CK))
         rows = shuffled_CK[kept:].flatten()
         if len(rows):
             shuffled_CK[kept:] = rows[torch.randperm(len(rows), generator=generator)].view(-1, self.ids_CK.shape[1])
-        return shuffled_CK
+        return torch.cat([self._least_offered(shuffled_CK[:kept]), self._least_offered(shuffled_CK[kept:])])
+
+    def _least_offered(self, ids_CK: Tensor) -> Tensor:
+        """Those first whose rows were offered least often before this plan."""
+        offered_N = self.begun.offered_N
+        return ids_CK if offered_N is None else ids_CK[offered_N[ids_CK].sum(dim=1).argsort(stable=True)]
 
     def _one_pass(self, carried: Tensor, shuffled_CK: Tensor) -> Tensor:
         """Carried rows, then every cluster once.

@@ -20,6 +20,9 @@ from b3_lightning.types import PADDING, Clusters, Neighbors, Window
 _RANKS_AT_ONCE = 2**22
 """(row, rank) entries looked at together: bounds memory at about 300 MB."""
 
+_FEW = 16
+"""With so many times fewer draws than rows, all rows are looked at: most of the few may be ruled out."""
+
 
 def draw_negatives(
     clusters: Clusters, neighbors: Neighbors, window: Window, alike: Alike, settings: MiningSettings
@@ -88,7 +91,10 @@ class _Group:
         return _codes(near_GKW.flatten(1), self._n_rows)
 
     def random_codes(self, n: int, generator: torch.Generator) -> Tensor:
-        """``n`` rows for every group, uniform over all rows."""
+        """``n`` rows for every group, uniform over all rows; all of them where they are few."""
+        if self._n_rows <= _FEW * n:
+            row_N = torch.arange(self._n_rows, device=self._part_GK.device)
+            return _codes(row_N.expand(len(self._part_GK), -1), self._n_rows)
         row_GP = torch.randint(self._n_rows, (len(self._part_GK), n), generator=generator, device="cpu")
         return _codes(row_GP.to(self._part_GK.device), self._n_rows)
 

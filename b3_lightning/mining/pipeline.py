@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from b3_lightning.mining.alike import Alike
+from b3_lightning.mining.alike import Alike, within_tasks
 from b3_lightning.mining.approximate import find_neighbors_approximately
 from b3_lightning.mining.backends import Backend, choose_backend
 from b3_lightning.mining.batches import BatchPlan, check_batch_size, random_clusters
@@ -142,13 +142,15 @@ class Rows:
     ) -> Rows:
         embeddings = Embeddings.from_arrays(query_ND, target_ND)
         n_rows = len(embeddings)
+        task_N, task_names = _tasks(tasks, n_rows)
         keys = [_codes("target_keys", range(n_rows) if target_keys is None else target_keys, n_rows)[0]]
         for name, values in (("query_keys", query_keys), ("groups", groups)):
             if values is not None:
-                keys.append(_codes(name, values, n_rows)[0])
-        task_N, task_names = _tasks(tasks, n_rows)
+                keys.append(within_tasks(_codes(name, values, n_rows)[0], task_N))
         settings.check_tasks(task_names)
-        settings.check_fits(dict(zip(task_names, torch.bincount(task_N).tolist(), strict=True)))
+        settings.check_fits(
+            {name: (len(own := keys[0][task_N == task]), len(own.unique())) for task, name in enumerate(task_names)}
+        )
         return cls(embeddings, Alike(keys), task_N, task_names)
 
     def by_task(self) -> Iterator[Task]:

@@ -31,7 +31,6 @@ _MOST_BY_CHANCE = 0.5
 """More at the last ranks looked at is no chance: likely right targets reach further."""
 _NEARLY_IDENTICAL = 0.2
 """Of the median distance (1 - cosine) between two rows drawn at random: a scale that fits any teacher."""
-_ROWS_PER_LABEL = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +49,12 @@ class RankChoice:
         return self.first_rank + self.n_ranks - 1
 
 
-def ranks_labels(alike: Alike, settings: MiningSettings) -> bool:
-    """Is this a labels task? ``alike`` is of all its rows."""
-    few = len(alike.target_N.unique()) * _ROWS_PER_LABEL <= len(alike.target_N)
-    return settings.ranked == "labels" or (settings.ranked == "auto" and few)
-
-
 def choose_ranks(embeddings: Embeddings, alike: Alike, settings: MiningSettings) -> RankChoice:
     """Fix what ``settings`` leaves to the data."""
     n_rows, n_targets = len(embeddings), len(alike.target_N.unique())
     by_size = max(1, min(40 + 2 * settings.cluster_size, n_rows // 10))
     n_ranks = by_size if isinstance(settings.n_ranks, str) else settings.n_ranks
-    if ranks_labels(alike, settings):
+    if settings.ranks_labels(n_rows, n_targets):
         n_ranks = max(1, min(n_ranks, -(-int(settings.label_share * 1e6) * (n_targets - 1) // 10**6)))
         reason = f"{n_targets} targets serve {n_rows} rows, so labels are ranked: the nearest {n_ranks} others are hard"
         return RankChoice(True, 0, n_ranks, reason)

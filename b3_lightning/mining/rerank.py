@@ -59,9 +59,9 @@ class Reranker:
         device = exact.device
         self._keys = [(query_key_N.to(device), target_key_M.to(device)) for query_key_N, target_key_M in exclude]
 
-    def exact_ids(self, query_QD: Tensor, rows: Tensor) -> Tensor:
-        """(Q, W) ids of the true neighbours."""
-        return self.exact.search(query_QD, self._keys_of(rows))[0]
+    def exact_scores(self, query_QD: Tensor, rows: Tensor) -> Tensor:
+        """(Q, W) scores of the true neighbours."""
+        return self.exact.search(query_QD, self._keys_of(rows))[1]
 
     def rank(self, query_QD: Tensor, rows: Tensor, ids_QV: Tensor) -> tuple[Tensor, Tensor, int]:
         """(Q, W) ids and scores, and how many rows were searched exactly; ``rows`` are the numbers of the queries."""
@@ -77,12 +77,14 @@ class Reranker:
         return ids_QW, scores_QW, len(short)
 
     def recall(self, found_SW: Tensor, expected_SW: Tensor) -> float:
-        """The share of the expected ids that were found; 1 where none was expected."""
-        # an id stands at most once in a row
-        both = torch.cat([found_SW, expected_SW], dim=1).sort(dim=1).values
-        n_common = int(((both[:, 1:] == both[:, :-1]) & (both[:, 1:] >= 0)).sum())
-        n_expected = int((expected_SW >= 0).sum())
-        return n_common / n_expected if n_expected else 1.0
+        """The share of the true neighbours that were found, told by their scores; 1 where there are none.
+
+        Of targets that tie for the last place any will do.
+        """
+        is_there_SW = expected_SW > -torch.inf
+        last_S1 = expected_SW.masked_fill(~is_there_SW, torch.inf).amin(dim=1, keepdim=True)
+        n_expected = int(is_there_SW.sum())
+        return int((found_SW >= last_S1).sum()) / n_expected if n_expected else 1.0
 
     def _keys_of(self, rows: Tensor) -> list[Tensor]:
         return [query_key_N[rows] for query_key_N, _ in self._keys]
@@ -144,8 +146,8 @@ def find_neighbors_with(
         return ids_QW.to(query_ND.device), scores_QW.to(query_ND.device)
 
     sample = permutation(len(query_ND), seed, torch.device("cpu"))[:n_sampled].sort().values
-    expected_SW = reranker.exact_ids(query_ND[sample].to(device), sample.to(device)).to(query_ND.device)
-    recall = reranker.recall(search(sample)[0], expected_SW)
+    expected_SW = reranker.exact_scores(query_ND[sample].to(device), sample.to(device)).to(query_ND.device)
+    recall = reranker.recall(search(sample)[1], expected_SW)
     _check_recall(library, recall, min_recall, len(sample))
 
     def search_tile(tile: slice) -> tuple[Tensor, Tensor]:

@@ -47,6 +47,7 @@ _IDLE_WITH: dict[str, tuple[str, tuple[object, ...]]] = {
     "neighbors": ("ranked", ("labels",)),
 }
 """A setting -> another and its values, with which nothing reads the first."""
+_ROWS_PER_LABEL = 10
 _CHOICES = {
     "ranked": get_args(Ranked),
     "edges": get_args(EdgeKind),
@@ -206,10 +207,18 @@ class MiningSettings:
         if unknown:
             raise ValueError(f"per_task names unknown tasks {unknown}; the tasks are {list(names)}")
 
-    def check_fits(self, rows_of_task: Mapping[str, int]) -> None:
+    def ranks_labels(self, n_rows: int, n_targets: int) -> bool:
+        """Is a task of so many rows and distinct targets a labels task?"""
+        few = n_targets * _ROWS_PER_LABEL <= n_rows
+        return self.ranked == "labels" or (self.ranked == "auto" and few)
+
+    def check_fits(self, sizes: Mapping[str, tuple[int, int]]) -> None:
         """Refuse rows that would fill no task's window or no cluster, and a search that is not installed.
 
         A task of a mixture may be too small for its window: it has then what ranks there are.
+
+        Args:
+            sizes: rows and distinct targets of every task.
         """
         for name, module, extra in (
             ("approximate", "faiss", "cpu"),
@@ -220,24 +229,25 @@ class MiningSettings:
                 raise ValueError(
                     f"neighbors={name!r} needs {module}: pip install 'b3_lightning[{extra}]', or set it to exact"
                 )
-        n_rows = sum(rows_of_task.values())
+        n_rows = sum(rows for rows, _ in sizes.values())
         if n_rows < self.cluster_size:
             raise ValueError(
                 f"{n_rows} rows are fewer than cluster_size={self.cluster_size}; "
                 f"set cluster_size to at most {n_rows} or bring more pairs"
             )
-        lacking = [self._lacking(name, n_rows) for name in rows_of_task]
+        lacking = [self._lacking(name, *size) for name, size in sizes.items()]
         if all(lacking):
             raise ValueError(lacking[0])
 
-    def _lacking(self, task: str, n_rows: int) -> str:
+    def _lacking(self, task: str, n_rows: int, n_targets: int) -> str:
         """What so many rows lack to fill a task's window; nothing where they do, or where it ranks labels."""
         own = self.of_task(task)
         first_rank = 0 if isinstance(own.first_rank, str) else own.first_rank
         n_ranks = 1 if isinstance(own.n_ranks, str) else own.n_ranks
-        if own.ranked == "labels" or n_rows > first_rank + n_ranks:
+        if own.ranks_labels(n_rows, n_targets) or n_rows > first_rank + n_ranks:
             return ""
         return (
-            f"{n_rows} rows are too few for the ranks up to first_rank={first_rank} + n_ranks={n_ranks}: "
-            f"more than {first_rank + n_ranks} rows are needed; lower first_rank and n_ranks, or set them to auto"
+            f"the {n_rows} rows of task {task!r} are too few for the ranks up to first_rank={first_rank} + "
+            f"n_ranks={n_ranks}: more than {first_rank + n_ranks} rows are needed; lower first_rank and n_ranks, "
+            "or set them to auto"
         )

@@ -28,7 +28,7 @@ from b3_lightning.mining.groups import permutation
 from b3_lightning.mining.hardness import TEMPERATURE
 from b3_lightning.mining.neighbors import Progress, positive_scores
 from b3_lightning.mining.pipeline import Rows, Search, Task, Values, cut_graph
-from b3_lightning.mining.ranks import RankChoice, choose_ranks, near_distance, ranks_labels
+from b3_lightning.mining.ranks import RankChoice, choose_ranks, near_distance
 from b3_lightning.mining.settings import MiningSettings, Ranked
 from b3_lightning.mining.stages import Stages
 from b3_lightning.mining.swaps import improve_by_swaps
@@ -159,7 +159,7 @@ def _answer(task: Task, search: Search, questions: Questions) -> TaskAnswer:
     settings = search.settings.of_task(task.name)
     sample = _sampled(task, questions.max_rows, settings.seed)
     # whether few targets serve many rows is seen on all rows, not on a sample
-    ranked: Ranked = "labels" if ranks_labels(task.alike, settings) else "rows"
+    ranked: Ranked = "labels" if settings.ranks_labels(len(task.ids), len(task.alike.target_N.unique())) else "rows"
     estimate = choose_ranks(sample.embeddings, sample.alike, replace(settings, first_rank="auto", ranked=ranked))
     windows = _windows(estimate, len(sample.ids), settings, questions)
     widest = max(window.first_rank + window.n_ranks for window in windows)

@@ -35,10 +35,11 @@ def rank_window(
     filled_NW = neighbors.ids_NW != PADDING
     similar_NW = _too_similar(neighbors, settings)
     before_NW = (rank_W < first_rank).expand_as(filled_NW)
-    masked_NW = filled_NW & (before_NW | similar_NW)
+    looked_at_NW = filled_NW & (rank_W < first_rank + n_ranks)  # there may be more, of wider windows
+    masked_NW = looked_at_NW & (before_NW | similar_NW)
     if target_key_N is not None:
-        masked_NW |= _copies(masked_NW, neighbors, target_key_N)
-    hard_NW = filled_NW & (rank_W < first_rank + n_ranks) & ~masked_NW
+        masked_NW |= looked_at_NW & _copies(masked_NW, neighbors, target_key_N)
+    hard_NW = looked_at_NW & ~masked_NW
     if settings.min_score is not None:
         hard_NW &= neighbors.scores_NW >= settings.min_score
     return Window(hard_NW, masked_NW)
