@@ -73,11 +73,12 @@ class LastCheckpoint(_WithinEpoch):
     counts the epoch as done, and from a checkpoint of its end would never train on the rest.
     """
 
-    _trains = False
+    trains = False
+    """Since the run trains; before, there is nothing new to go on with."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._trains = True
+        self.trains = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -89,7 +90,7 @@ class LastCheckpoint(_WithinEpoch):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # what stops by a validation's result says so in there, and checkpoints come last
-        self._waits = self._waits or (self._trains and self._ends_within_epoch(trainer))
+        self._waits = self._waits or (self.trains and self._ends_within_epoch(trainer))
         super().on_validation_end(trainer, pl_module)
 
     def _ends_within_epoch(self, trainer: Trainer) -> bool:
@@ -97,7 +98,7 @@ class LastCheckpoint(_WithinEpoch):
         return (stops or trainer.global_step == trainer.max_steps) and not trainer.is_last_batch
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._trains:
+        if self.trains:
             super().on_exception(trainer, pl_module, exception)
 
 

@@ -38,12 +38,12 @@ from b3_lightning.checkpoints import (
     existing_checkpoint,
 )
 from b3_lightning.data import PairsDataModule
-from b3_lightning.mining.store import check_folder, write_text
+from b3_lightning.mining.store import check_folder
 from b3_lightning.mistakes import Parser, check_devices, tell_idle, tell_weights
 from b3_lightning.model import ContrastiveModule, FullyShardedStrategy
 from b3_lightning.options import COMMAND
-from b3_lightning.reports.compare import keep_old_metrics
 from b3_lightning.reports.outcome import print_outcome, print_scores
+from b3_lightning.reports.record import RunRecord
 from b3_lightning.reports.wandb_mode import WandbMode, has_wandb_key, is_offline
 from b3_lightning.terminal import quieten
 from b3_lightning.trainer import LOADING, B3Trainer, wait_patiently
@@ -225,7 +225,16 @@ class B3CLI(LightningCLI):
         self.datamodule.trainer = self.trainer
         if subcommand in ("validate", "test", "predict"):
             self.datamodule.setup(subcommand)  # before other processes start, as ``before_fit`` and the others do
-        super()._run_subcommand(subcommand)
+        self._record: RunRecord | None = None
+        try:
+            super()._run_subcommand(subcommand)
+        finally:
+            if self._record is not None and not self._trained():
+                self._record.take_back()
+
+    def _trained(self) -> bool:
+        keepers = [one for one in self.trainer.checkpoint_callbacks if type(one) is LastCheckpoint]
+        return all(one.trains for one in keepers)  # none in a fast_dev_run
 
     def before_fit(self) -> None:
         check_folder(Path(self.run.dir))
@@ -235,13 +244,7 @@ class B3CLI(LightningCLI):
         self.datamodule.setup("fit")
         if self.trainer.is_global_zero:
             tell_idle(self.datamodule, self._get(self.config_init, "remine"))
-            self._begin_run()
-
-    def _begin_run(self) -> None:
-        folder = Path(self.run.dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.yaml", self.parser_dump())
-        keep_old_metrics(folder)
+            self._record = RunRecord(Path(self.run.dir), self.parser_dump())
 
     def before_mine(self) -> None:
         output = Path(self._get(self.config, "output"))
@@ -266,7 +269,8 @@ class B3CLI(LightningCLI):
 
     def after_fit(self) -> None:
         if self.trainer.is_global_zero:
-            print_outcome(self.trainer, Path(self.run.dir), offline=self.run.is_offline())
+            offline = self.run.is_offline()
+            print_outcome(self.trainer, Path(self.run.dir), trained=self._trained(), offline=offline)
 
     def after_validate(self) -> None:
         self._print_scores("val")

@@ -26,8 +26,9 @@ from b3_lightning.cli import main
 from b3_lightning.evaluation.bootstrap import PairedDifference, paired_bootstrap
 from b3_lightning.model.metrics import RetrievalMetrics
 from b3_lightning.model.ranks import rank_metrics
-from b3_lightning.reports.compare import SHOWN, Comparison, _table, keep_old_metrics, significance
+from b3_lightning.reports.compare import SHOWN, Comparison, _table, significance
 from b3_lightning.reports.offline import is_number, read_offline_run
+from b3_lightning.reports.record import keep_old_metrics
 from b3_lightning.reports.runs import Ranks, Run, load_runs, read_csv_run
 
 SMALL = "--model.embedder={hidden_sizes: [8, 16], image_size: 32}"

@@ -51,7 +51,7 @@ def test_rows_in_batch_order(plan: MinedPlan, tmp_path: Path, capsys: pytest.Cap
     said = capsys.readouterr().out
     assert "13 batches of 16 in 208 rows" in said
     assert "2 rows fill none" in said
-    assert "only their number was checked" in said
+    assert "only the number of pairs was checked" in said
 
 
 def test_rows_in_their_own_order_with_a_column(plan: MinedPlan, tmp_path: Path) -> None:
@@ -67,9 +67,35 @@ def test_rows_in_their_own_order_with_a_column(plan: MinedPlan, tmp_path: Path) 
     assert added["cluster"][:] == loaded["cluster"][:] == plan.clusters.cluster_of_row().tolist()
 
 
+def test_hard_negatives_of_a_plan_are_written_where_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vectors = np.random.default_rng(0).normal(size=(2, N_ROWS, 16))
+    chosen = MiningSettings(first_rank=1, n_ranks=3, cluster_size=4, n_negatives=2, negatives_of="row")
+    mined = mine(*vectors, settings=chosen, tasks=["a"] * 40 + ["b"] * 30)
+    mined.save(tmp_path / "plan")
+    pairs = pa.table({"anchor": [f"q{row}" for row in range(N_ROWS)], "positive": [f"t{r}" for r in range(N_ROWS)]})
+    paths = [str(tmp_path / name) for name in ("a.parquet", "b.parquet")]
+    for path, part in zip(paths, (pairs[:40], pairs[40:]), strict=True):
+        pq.write_table(part, path)
+    command = ["batches", str(tmp_path / "plan"), "--batch_size=16", "--pairs"]
+    main([*command, *paths, f"--output={tmp_path / 'without.parquet'}"])
+    assert "the plan's 2 hard negatives a row are left out: --negatives writes them" in capsys.readouterr().out
+    main([*command, *paths, "--negatives", "--column", f"--output={tmp_path / 'with.parquet'}"])
+    written = pq.read_table(tmp_path / "with.parquet").to_pydict()
+    expected = [[f"t{other}" if other >= 0 else None for other in row] for row in mined.negative_NH.tolist()]
+    assert list(zip(written["negative_1"], written["negative_2"], strict=True)) == list(map(tuple, expected))
+    n_lacking = sum(other is None for row in expected for other in row)
+    assert 0 < n_lacking < 2 * N_ROWS
+    assert f"{n_lacking} hard negatives are lacking, and null" in capsys.readouterr().out
+    with pytest.raises(
+        SystemExit, match=r"the files have \[30, 40\] rows, in this order; the plan's tasks are {'a': 40"
+    ):
+        main([*command, *reversed(paths), f"--output={tmp_path / 'turned.parquet'}"])
+
+
 @pytest.mark.parametrize(
     ("output", "more", "message"),
     [
+        ("out.parquet", ["--negatives"], "the plan has no hard negatives: mine with data.mining.n_negatives"),
         ("out.parquet", ["--epochs=0"], "epochs=0 must be at least 1"),
         ("out.parquet", ["--column", "--epochs=2"], "the batches of one epoch, not of --epochs=2"),
         ("plan", [], "plan exists; name a new folder"),
@@ -153,7 +179,7 @@ def test_columns_of_other_types_are_brought_together_or_named(tmp_path: Path) ->
     paths = [str(tmp_path / f"{index}.parquet") for index in range(3)]
     for path, kind, number in zip(paths, (pa.string(), pa.large_string(), pa.string()), ("x", "y", 7), strict=True):
         pq.write_table(pa.table({"qry": pa.array(["a"], kind), "id": [number]}), path)
-    assert read_sources(paths[:2]).to_pylist() == [{"qry": "a", "id": "x"}, {"qry": "a", "id": "y"}]
+    assert read_sources(paths[:2])[0].to_pylist() == [{"qry": "a", "id": "x"}, {"qry": "a", "id": "y"}]
     with pytest.raises(ValueError, match=r"cannot stand in one table: .*id.*Give the column one type, or leave it out"):
         read_sources(paths)
 
@@ -256,6 +282,12 @@ def test_right_answers_of_rows_elsewhere_and_empty_sides_in_a_batch(tmp_path: Pa
     in_batch = {one for one in found if "batch" in one[0]}
     assert in_batch == {("positive_of_query_in_batch", 0, False), ("uneven_batch", 4, True)}  # q1's B is row 2's b
     assert {one for one in found if one[0] == "empty_side"} == {("empty_side", row, True) for row in range(4, 8)}
+
+
+def test_a_positive_that_another_row_of_the_batch_has_as_a_negative_is_worth_a_look(tmp_path: Path) -> None:
+    columns: dict[str, list[Any]] = {"qry": ["q0", "q1", "q2"], "pos_text": ["A", "B", "C"], "batch": [0, 0, 1]}
+    found = _audit(tmp_path, columns | {"neg_text": ["b", "C", "z"]}, status=None)
+    assert {one for one in found if "negatives" in one[0]} == {("positive_among_negatives_in_batch", 1, False)}
 
 
 def test_a_batch_counts_all_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,6 +71,7 @@ def _audit(ran: Ran) -> None:
     for one in ran.names["found"]:
         rows.setdefault(one["finding"], []).append(one["row"])
     assert rows.pop("shared_target") == rows.pop("same_target_in_batch") == list(range(96, 112))
+    assert len(rows.pop("positive_among_negatives_in_batch")) == 20
     assert rows == {
         "negative_is_own_positive": [3, 40, 77],
         "negative_is_positive_of_query": [20],
@@ -81,7 +82,8 @@ def _audit(ran: Ran) -> None:
         "one_label_batch": [96],
     }
     _, mended, at_random, mined = ran.out.split("columns: ")[1:]
-    assert "nothing found" in mended
+    assert _rows_of("positive_among_negatives_in_batch", mended) == 16
+    assert "wrong" not in mended
     assert _rows_of("easier_than_random", at_random) > 2 * _rows_of("easier_than_random", mined) > 0
 
 

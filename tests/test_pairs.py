@@ -88,6 +88,14 @@ def test_common_names_of_columns_are_known_and_told(tmp_path: Path, caplog: pyte
     assert mapped.negatives == [[]]
 
 
+def test_pairs_with_scores_are_not_taken_for_positives(tmp_path: Path) -> None:
+    scored = _table(tmp_path, sentence1=["a"], sentence2=["b"], score=[1])
+    with pytest.raises(ValueError, match=r"sentence2 with a score: such pairs are not all positives.*qry is sentence1"):
+        load_pairs(scored)
+    named = PairSource(scored, columns={"qry": "sentence1", "pos_text": "sentence2"})
+    assert load_pairs(named).items("target") == [Item("b", "")]
+
+
 def test_bad_files_are_named(tmp_path: Path) -> None:
     good = _write(tmp_path, "parquet")
     with pytest.raises(FileNotFoundError, match=r"no pairs file absent.parquet"):

@@ -219,6 +219,24 @@ def test_a_checkpoint_of_other_batches_is_refused(
         fit("text-image", *_settings(models["clip"]), f"--ckpt_path={last}", name="other")
 
 
+def test_a_start_that_trains_nothing_leaves_the_run_as_it_was(
+    whole: Path, shapes: Path, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    record = [run / "config.yaml", run / "metrics.csv"]
+    before = [path.read_text() for path in record]
+    for settings in (["--data.batch_size=8"], ["--trainer.max_epochs=9", "--data.plan=absent"], []):
+        again = [*_command(run, shapes, models["bert"]), "--ckpt_path=last", *settings]
+        if settings:
+            with pytest.raises(SystemExit, match=r"batch_size|absent"):
+                main(again)
+        else:
+            main(again)
+            assert "nothing was left to train (trainer.max_epochs=" in capsys.readouterr().out
+        assert [path.read_text() for path in record] == before
+        assert not list(run.glob("metrics-until-*.csv"))
+
+
 def test_a_plan_that_was_changed_is_refused(fit: Run, models: dict[str, str]) -> None:
     settings = _settings(models["bert"])
     run = fit("text-text", *settings, "--trainer.max_epochs=2", name="changed")

@@ -141,13 +141,19 @@ def test_a_process_that_is_not_told_the_epoch_does_not_train_on_another_ones() -
         iter(_sampler(B3BatchSampler.of(_plan())))
 
 
-def test_other_rows_are_refused_or_random_where_said() -> None:
+def test_other_rows_are_refused_or_random_where_said(caplog: pytest.LogCaptureFixture) -> None:
     evaluation = _dataset(range(30))
     with pytest.raises(ValueError, match=r"mined from 70 rows, the dataset has 30.*unplanned='random'"):
         B3BatchSampler.of(_plan())(evaluation, batch_size=8, drop_last=False)
     sampler = B3BatchSampler.of(_plan(), unplanned="random")(evaluation, batch_size=8, drop_last=False)
     assert sorted(row for batch in sampler for row in batch) == list(range(30))
     assert [len(batch) for batch in sampler] == [8, 8, 8, 6]
+    assert "If it is the training set, give the pairs that were mined" in caplog.text, "the first set, so it may be"
+    caplog.clear()
+    factory = B3BatchSampler.of(_plan(), unplanned="random")
+    factory(_dataset(range(70)), batch_size=8, drop_last=False)
+    factory(evaluation, batch_size=8, drop_last=False)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 Broken = Callable[[], Any]

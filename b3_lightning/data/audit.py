@@ -36,6 +36,8 @@ MEANING = {
     "same_target_in_batch": "another query of the batch has this target, so it counts as its negative",
     "same_query_in_batch": "the batch holds another target of this query, which counts as a negative",
     "positive_of_query_in_batch": "the batch holds a positive that this query has in another row, as another query's",
+    "positive_among_negatives_in_batch": "another row of the batch has this row's positive as a negative, which losses "
+    "that share negatives contrast with it",
     "same_group_in_batch": "the batch holds another row of this group, whose target counts as a negative",
     "one_label_batch": "all targets of the batch are the same: no negative is right",
     "uneven_batch": "the batch has another number of rows than most",
@@ -44,7 +46,7 @@ MEANING = {
 }
 WORTH_A_LOOK = {
     "query_is_target", "no_negative", "repeated_negative", "shared_target", "several_targets", "duplicate_pair",
-    "uneven_batch", "suspected_false_negative", "easier_than_random",
+    "uneven_batch", "positive_among_negatives_in_batch", "suspected_false_negative", "easier_than_random",
 }  # fmt: skip
 """Findings that may be as they should; all others are wrong."""
 OF_BATCH = {"one_label_batch", "uneven_batch"}
@@ -80,7 +82,9 @@ def audit(pairs: ForeignPairs) -> list[Finding]:
     found += _conflicts(pairs)
     empty = set(pairs.empty)
     for batch, rows in pairs.batches.items():
-        found += _in_batch(pairs, batch, [row for row in rows if row not in empty], positives)
+        filled = [row for row in rows if row not in empty]
+        found += _in_batch(pairs, batch, filled, positives)
+        found += _among_negatives(pairs, batch, filled)
     return found
 
 
@@ -219,6 +223,20 @@ def _positives_elsewhere(
     if met:
         exact = [other for other in met if positives.is_exact(pairs.query[row], pairs.target[other])]
         yield Finding("positive_of_query_in_batch", row, bool(exact), batch, (exact or met)[0], len(met))
+
+
+def _among_negatives(pairs: ForeignPairs, batch: object, rows: Sequence[int]) -> Iterator[Finding]:
+    """Rows whose positive stands among the negatives of other rows of the batch."""
+    holders: dict[Item, list[int]] = {}
+    for row in rows if pairs.n_negatives else []:
+        for key in {normal(item) for item in pairs.negatives[row]}:
+            holders.setdefault(key, []).append(row)
+    for row in rows if holders else []:
+        others = [other for other in holders.get(normal(pairs.target[row]), ()) if other != row]
+        if others:
+            exact = [other for other in others if pairs.target[row] in pairs.negatives[other]]
+            first = (exact or others)[0]
+            yield Finding("positive_among_negatives_in_batch", row, bool(exact), batch, first, len(others))
 
 
 def suspect(pairs: ForeignPairs, vectors: Embeddings, *, margin: float, easy: bool) -> tuple[list[Finding], int]:

@@ -17,6 +17,8 @@ ALIASES = {
     "key": ("key",),
 }
 """What each column may be called where it is not said; the first that is there counts."""
+_SCORES = {"score", "label", "similarity_score"}
+"""What sentence-transformers calls the degree to which a pair is right."""
 _NUMBERED = re.compile(r"negative_\d+")
 
 
@@ -27,7 +29,7 @@ def columns_of(path: str, found: Sequence[str], given: Mapping[str, str], ours: 
         ours: what is read.
 
     Raises:
-        ValueError: where ``given`` maps anything else, or names a column that is not there.
+        ValueError: where ``given`` maps anything else, or names a column that is not there; on pairs with scores.
     """
     unknown = sorted(set(given) - set(ours))
     if unknown:
@@ -35,6 +37,12 @@ def columns_of(path: str, found: Sequence[str], given: Mapping[str, str], ours: 
     absent = sorted(set(given.values()) - set(found))
     if absent:
         raise ValueError(f"{path} has no column {absent}; it has {list(found)}")
+    scored = {"sentence1", "sentence2"} <= set(found) and _SCORES & set(found)
+    if scored and not {"qry", "pos_text"} & set(given):
+        raise ValueError(
+            f"{path} has sentence1 and sentence2 with a {min(scored)}: such pairs are not all positives. Keep those "
+            "that are, and name the columns: qry is sentence1, pos_text is sentence2"
+        )
     taken = set(given.values())
     known = {name: next((one for one in ALIASES[name] if one in found and one not in taken), None) for name in ours}
     return {ours: name for ours, name in {**known, **given}.items() if name is not None}

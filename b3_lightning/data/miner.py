@@ -304,7 +304,7 @@ def _tell_blind_teacher(mined: MinedPlan) -> None:
 
 
 def _in_words(summary: dict[str, float]) -> str:
-    hardness = " / ".join(f"{summary[f'hardness_{name}']:.2f}" for name in ("random", "mined", "best"))
+    hardness = " / ".join(f"{summary[f'hardness_{name}']:.2f}" for name in ("random_masked", "mined", "best"))
     return (
         f"{summary['n_edges']:,.0f} edges, {summary['kept_frac']:.1%} of them inside {summary['n_clusters']:,.0f} "
         f"clusters, {summary['n_fillers']:,.0f} fillers; hardness {hardness} (random / mined / best)"

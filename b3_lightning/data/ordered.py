@@ -12,9 +12,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from b3_lightning.data.columns import columns_of
 from b3_lightning.data.tables import read_table
 from b3_lightning.mining import BatchPlan, MinedPlan
 from b3_lightning.mining.store import write_atomic
+from b3_lightning.types import PADDING
 
 IN_NONE = -1
 """The batch of a row that fills none in an epoch; it comes first in the next."""
@@ -31,18 +33,55 @@ class Written:
     n_carried: int
 
 
-def read_sources(paths: Sequence[str]) -> pa.Table:
-    """All columns of the pairs files, end to end; a column that one lacks is null there.
+def read_sources(paths: Sequence[str]) -> tuple[pa.Table, list[int]]:
+    """All columns of the pairs files, end to end, and the rows of each; a column that one lacks is null there.
 
     Raises:
         ValueError: where a column holds one kind of values in one file and another in the next.
     """
+    tables = [read_table(path) for path in paths]
     try:
-        return pa.concat_tables([read_table(path) for path in paths], promote_options="permissive")
+        return pa.concat_tables(tables, promote_options="permissive"), list(map(len, tables))
     except pa.ArrowTypeError as error:
         raise ValueError(
             f"{', '.join(paths)} cannot stand in one table: {error}. Give the column one type, or leave it out"
         ) from error
+
+
+def with_negatives(mined: MinedPlan, table: pa.Table, path: str = "the pairs") -> tuple[pa.Table, int]:
+    """Put the plan's hard negatives into columns ``negative_1``, ``negative_2``, ...: targets of other rows.
+
+    Args:
+        table: the pairs that were mined, in their order.
+        path: of their file, for messages.
+
+    Returns:
+        The table, and how many negatives the rows lack, which are null.
+
+    Raises:
+        ValueError: where the plan has none, or the targets are not texts alone, or such a column is there already.
+    """
+    mined.check_rows(len(table))
+    columns = columns_of(path, table.column_names, {}, ["pos_text", "pos_image_path"])
+    if mined.negative_NH.shape[1] == 0:
+        raise ValueError("the plan has no hard negatives: mine with data.mining.n_negatives of 1 or more")
+    if set(columns) != {"pos_text"}:
+        raise ValueError(f"{path} has targets in {list(columns.values())}; hard negatives are written of texts alone")
+    names = [f"negative_{number + 1}" for number in range(mined.negative_NH.shape[1])]
+    _refuse_taken(table, names)
+    target = table[columns["pos_text"]]
+    for name, row_N in zip(names, mined.negative_NH.unbind(1), strict=True):
+        lacking_N = (row_N == PADDING).numpy()
+        table = table.append_column(name, target.take(pa.array(row_N.clamp(min=0).numpy(), mask=lacking_N)))
+    return table, int((mined.negative_NH == PADDING).sum())
+
+
+def check_files(mined: MinedPlan, sizes: Sequence[int]) -> None:
+    """Refuse files, one for each task of the plan, that are given in another order; ``sizes`` are their rows."""
+    of_task = mined.task_N.bincount(minlength=len(mined.task_names)).tolist()
+    if len(sizes) == len(of_task) and sorted(sizes) == sorted(of_task) and list(sizes) != of_task:
+        named = dict(zip(mined.task_names, of_task, strict=True))
+        raise ValueError(f"the files have {list(sizes)} rows, in this order; the plan's tasks are {named}")
 
 
 def write_ordered(
@@ -116,12 +155,16 @@ def add_batch_column(dataset: Any, plan: MinedPlan, *, batch_size: int, epoch: i
 
 def _checked(mined: MinedPlan, table: Any, names: Sequence[str], batch_size: int, seed: int) -> BatchPlan:
     mined.check_rows(len(table))
+    _refuse_taken(table, names)
+    return mined.batches(batch_size=batch_size, seed=seed)
+
+
+def _refuse_taken(table: Any, names: Sequence[str]) -> None:
     taken = [name for name in names if name in table.column_names]
     if taken:
         raise ValueError(
             f"the pairs have a column {taken} already; rename it, since the plan's are called {list(names)}"
         )
-    return mined.batches(batch_size=batch_size, seed=seed)
 
 
 def _batches_at_once(batch_size: int) -> int:

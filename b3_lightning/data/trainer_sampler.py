@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -161,6 +161,8 @@ class SamplerFactory:
     planned: _Planned
     unplanned: Unplanned
     task_weights: dict[str, float] | None
+    _met: list[bool] = field(default_factory=list, compare=False)
+    """Of every dataset that was asked for: is it the plan's?"""
 
     def __call__(
         self, dataset: Any, *, batch_samplers: Sequence[Any] | None = None, batch_size: int = 0, **about: Any
@@ -174,8 +176,11 @@ class SamplerFactory:
                 f"{why}. Give the trainer the pairs that were mined, in their order; if this is a dataset for "
                 "evaluation, say B3BatchSampler.of(plan, unplanned='random')"
             )
+        self._met.append(not why)
         if why:
-            log.info("%s: random batches", why)
+            # the trainer asks for its training set before any other
+            tell = log.info if any(self._met) else log.warning
+            tell("%s: it gets random batches. If it is the training set, give the pairs that were mined, in order", why)
             return self._random(dataset, batch_samplers, batch_size, about)
         return B3BatchSampler(
             dataset,

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from b3_lightning.evaluation.bootstrap import PairedDifference, paired_bootstrap
 from b3_lightning.model.ranks import query_metrics
-from b3_lightning.reports.runs import Run, load_runs, read_csv_rows, read_csv_run
+from b3_lightning.reports.runs import Run, load_runs, read_csv_run
 
 SHOWN = ("val/hit@1", "val/hit@5", "val/hit@10", "val/mrr", "val/ndcg@10", "val/loss")
 COMPARED = ("hit@1", "mrr")
@@ -188,12 +188,3 @@ def best_validation(folder: Path) -> dict[str, float]:
     """
     best = read_csv_run(folder).best("val/mrr")
     return {name: best.get(name, math.nan) for name in ("step", *SHOWN)}
-
-
-def keep_old_metrics(folder: Path) -> None:
-    """Move the metrics of a run that is resumed aside: Lightning's logger begins its file anew."""
-    path = folder / "metrics.csv"
-    if path.is_file():
-        step = int(max((row["step"] for row in read_csv_rows(path) if "step" in row), default=0))
-        n_before = len(list(folder.glob("metrics-until-*.csv")))
-        path.rename(folder / f"metrics-until-{step:08d}-{n_before}.csv")

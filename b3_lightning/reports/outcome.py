@@ -19,15 +19,18 @@ from b3_lightning.reports.compare import SHOWN, best_validation
 from b3_lightning.reports.runs import csv_parts
 
 
-def print_outcome(trainer: L.Trainer, folder: Path, *, offline: bool) -> None:
+def print_outcome(trainer: L.Trainer, folder: Path, *, trained: bool, offline: bool) -> None:
     """Print the best and the last validation of a run, where things lie, and what to do next."""
     console = Console(highlight=False, markup=False)
     epochs = "1 epoch" if trainer.current_epoch == 1 else f"{trainer.current_epoch} epochs"
     console.print(f"\n{trainer.global_step} steps, {epochs}")
+    if not trained:
+        limits = f"trainer.max_epochs={trainer.max_epochs}, trainer.max_steps={trainer.max_steps}"
+        console.print(f"nothing was left to train ({limits}): raise the limit to go on; the run is as it was")
     validated = "val/mrr" in trainer.callback_metrics
-    if validated and csv_parts(folder):
+    if trained and validated and csv_parts(folder):
         best = best_validation(folder)
-        table = Table("metric", "best", "last", title="all unique validation targets")
+        table = Table("metric", "at best mrr", "last", title="all unique validation targets")
         for name in SHOWN:
             table.add_row(name, f"{best[name]:.4f}", f"{float(trainer.callback_metrics[name]):.4f}")
         console.print(table)

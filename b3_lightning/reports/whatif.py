@@ -152,7 +152,7 @@ def _table(answer: TaskAnswer, batch_size: int) -> Table:
     for figure in (figure for figure in answer.mined if figure.batch_size == batch_size):
         name = f"K {figure.cluster_size}, ranks {figure.first_rank} to {figure.first_rank + figure.n_ranks - 1}"
         name, style = (f"{name} (advised)", "bold green") if figure is best else (name, None)
-        cells = (f"{figure.clean:.3f}", f"{round(figure.as_random):,}", f"{figure.suspected:.1%}")
+        cells = (f"{figure.clean:.3f}", _as_random(answer, figure), f"{figure.suspected:.1%}")
         table.add_row(name, *cells, style=style)
     return table
 
@@ -172,14 +172,19 @@ def _page(answers: Sequence[TaskAnswer], batch_size: int) -> str:
     parts = [f"<h1>{title}</h1>"]
     for answer in answers:
         said = "".join(f"<li>{html.escape(line)}</li>" for line in advice(answer, batch_size))
-        rows = [_line(kind, figure) for kind in ("random", "mined") for figure in getattr(answer, kind)]
+        rows = [_line(kind, figure, answer) for kind in ("random", "mined") for figure in getattr(answer, kind)]
         figures = table(_HEAD, rows, label=f"all figures of {answer.name}")
         told = f"<ul>{said}</ul>{_charts(answer, batch_size)}<details><summary>all figures</summary>{figures}</details>"
         parts.append(section(answer.name, told, _rows(answer)))
     return page(title, "".join([*parts, section("What this assumes", f'<p class="intro">{html.escape(_ASSUMED)}</p>')]))
 
 
-def _line(kind: str, figure: Figure) -> tuple[str, ...]:
+def _as_random(answer: TaskAnswer, figure: Figure) -> str:
+    least = answer.random[0]
+    return f"< {least.batch_size}" if figure.clean < least.clean else f"{round(figure.as_random):,}"
+
+
+def _line(kind: str, figure: Figure, answer: TaskAnswer) -> tuple[str, ...]:
     mined = kind == "mined"
     return (
         kind,
@@ -190,7 +195,7 @@ def _line(kind: str, figure: Figure) -> tuple[str, ...]:
         f"{figure.clean:.3g}",
         f"{figure.suspected:.1%}",
         f"{figure.kept_frac:.1%}" if mined else "",
-        f"{figure.as_random:,.0f}",
+        _as_random(answer, figure) if mined else "",
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from b3_lightning.data.ordered import read_sources, write_ordered, write_with_column
+from b3_lightning.data.ordered import check_files, read_sources, with_negatives, write_ordered, write_with_column
 from b3_lightning.data.tables import check_output
 from b3_lightning.mining import MinedPlan
 
@@ -25,13 +25,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--column", action="store_true", help="keep the order of the pairs and add the columns batch and cluster"
     )
+    parser.add_argument(
+        "--negatives",
+        action="store_true",
+        help="write the plan's hard negatives too: columns negative_1, negative_2, ...",
+    )
 
 
 def run(given: argparse.Namespace) -> None:
     if given.column and given.epochs != 1:
         raise ValueError(f"--column tells the batches of one epoch, not of --epochs={given.epochs}; leave one out")
     check_output(given.output, given.pairs, folder=True)
-    mined, table = MinedPlan.load(given.plan), read_sources(given.pairs)
+    mined, (table, sizes) = MinedPlan.load(given.plan), read_sources(given.pairs)
+    check_files(mined, sizes)
+    n_lacking = 0
+    if given.negatives:
+        table, n_lacking = with_negatives(mined, table, ", ".join(given.pairs))
     about = {"batch_size": given.batch_size, "seed": given.seed}
     if given.column:
         written = write_with_column(mined, table, given.output, **about)
@@ -46,4 +55,11 @@ def run(given: argparse.Namespace) -> None:
         soft_wrap=True,
     )
     console.print(left)
-    console.print("that these pairs are those that were mined, only their number was checked for", style="dim")
+    n_negatives = mined.negative_NH.shape[1]
+    if n_negatives and not given.negatives:
+        console.print(f"the plan's {n_negatives} hard negatives a row are left out: --negatives writes them")
+    if n_lacking:
+        console.print(f"{n_lacking:,} hard negatives are lacking, and null")
+    console.print(
+        "only the number of pairs was checked: they must be those that were mined, in their order", style="dim"
+    )
