@@ -291,6 +291,7 @@ def test_runs_of_a_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     main(["compare", "wandb:me/shop", "--output", str(tmp_path / "page.html")])
     said = capsys.readouterr().out
     assert "left out, 1 of 3 runs hold no val/mrr: crashed" in said
+    assert "left out, 1 of 3 runs hold no val/mrr: crashed" in (tmp_path / "page.html").read_text()
     assert "W&B workspace: https://wandb.example/me/shop/workspace" in said
     assert "data.batch_size" in said
     assert 'href="https://wandb.example/me/shop/workspace"' in (tmp_path / "page.html").read_text()

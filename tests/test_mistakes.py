@@ -109,7 +109,7 @@ data:
         (["--trainer.accelerator=gpu"], "sees no GPU: set --trainer.accelerator=cpu or auto"),
         (["--run.wandb=online"], "no key: `wandb login` or set WANDB_API_KEY; --run.wandb=offline needs none"),
         (["--data.batch-size=18"], "batch_size=18 must be a multiple of cluster_size=4; nearest: 16 or 20"),
-        (["--data.batch_size=64"], "40 rows, fewer than batch_size=64.*lower data.batch_size"),
+        (["--data.batch_size=64"], "40 rows, fewer than batch_size=64.*lower the batch size"),
         (["--data.mining.cluster_size=64", "--data.batch_size=64"], "40 rows are fewer than cluster_size=64"),
         (
             ["--data.mining.first_rank=35"],

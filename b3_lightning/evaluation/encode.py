@@ -72,8 +72,9 @@ class EvalModel:
         try:
             check_supports(self.embedder, self.name, eval_set.modalities())
         except ValueError as error:
-            note = "; or add the vectors of both: --fuse" if _BOTH in eval_set.modalities() else ""
-            raise ValueError(f"{eval_set.name}: {error}{note}") from error
+            note = "; or, without texts before pictures, --no_target_prompts; or add the vectors of both: --fuse"
+            both = _BOTH in eval_set.modalities()
+            raise ValueError(f"{eval_set.name}: {error}{note if both else ''}") from error
 
 
 @dataclass(frozen=True)

@@ -55,10 +55,11 @@ class Suite:
         absent = [name for name in wanted or () if name not in found]
         if absent or not found:
             name = self.probe.format(absent[0] if absent else "NAME")
-            looked = f"{name}/test-*.parquet or {name}.parquet"
+            looked = f"{name}/test-*.parquet or {name}.parquet (or .jsonl, .csv)"
+            names = f"; the sets are {', '.join(self.sets)}" if self.sets and not absent else ""
             raise FileNotFoundError(
                 f"{settings.data} has no {' '.join(absent) or f'set of {self.name}'}: looked for {looked}; "
-                f"it has {', '.join(found) or 'none'}"
+                f"it has {', '.join(found) or 'none'}{names}"
             )
         return list(dict.fromkeys(wanted)) if wanted else found
 

@@ -146,7 +146,7 @@ class _TaskStream:
         if self.n_rows < batch_size:
             raise ValueError(
                 f"task {name!r} has {self.n_rows} rows, fewer than batch_size={batch_size}, and a batch holds no row "
-                "twice; lower data.batch_size or leave the task out"
+                "twice; lower the batch size or leave the task out"
             )
         if weight <= 0:
             raise ValueError(f"the weight of task {name!r} is {weight}; it must be above 0")

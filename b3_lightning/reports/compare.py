@@ -42,19 +42,28 @@ class Comparison:
     best: list[dict[str, float]]
     differing: dict[str, list[str]]
     against_first: list[Significance]
+    left_out: Sequence[str] = ()
+    """Runs that never logged the metric."""
 
     @classmethod
-    def of(cls, runs: Sequence[Run], metric: str) -> Comparison:
-        """Compare runs at the best value of a metric.
+    def of(cls, given: Sequence[Run], metric: str) -> Comparison:
+        """Compare runs at the best value of a metric, without those that never logged it, as before a validation.
 
         Raises:
-            ValueError: where a run never logged it.
+            ValueError: where none did.
         """
+        runs = [run for run in given if any(metric in row for row in run.rows)] or list(given)
+        left_out = [run.name for run in given if not any(run is other for other in runs)]
         best = [run.best(metric) for run in runs]
         keys = sorted(set().union(*(run.config for run in runs)))
         values = {key: [str(run.config.get(key, "")) for run in runs] for key in keys}
         differing = {key: listed for key, listed in values.items() if len(set(listed)) > 1}
-        return cls(list(runs), metric, best, differing, [significance(runs[0], run) for run in runs[1:]])
+        return cls(runs, metric, best, differing, [significance(runs[0], run) for run in runs[1:]], left_out)
+
+    def in_words(self) -> str:
+        """Which runs are left out, and why; empty where none is."""
+        n_given = len(self.runs) + len(self.left_out)
+        return f"left out, {len(self.left_out)} of {n_given} runs hold no {self.metric}: {', '.join(self.left_out)}"
 
     def figures(self) -> dict[str, list[str]]:
         """Metric -> its value in every run, at the best validation."""
@@ -107,7 +116,9 @@ def compare_runs(given: Sequence[str], *, metric: str = "val/mrr", output: str |
     if output is not None and not output.endswith(".html"):
         raise ValueError(f"--output {output} must end in .html: it is one page with curves and tables")
     console = Console()
-    compared = Comparison.of(_with_metric(load_runs(given), metric, console), metric)
+    compared = Comparison.of(load_runs(given), metric)
+    if compared.left_out:
+        console.print(compared.in_words(), highlight=False, markup=False)
     names = [run.name for run in compared.runs]
     title = f"validation at the step of the best {metric}"
     console.print(_table(console, title, "", names, compared.figures()))
@@ -123,21 +134,6 @@ def compare_runs(given: Sequence[str], *, metric: str = "val/mrr", output: str |
         console.print(f"curves: {output}", highlight=False, soft_wrap=True, markup=False)
     for url in compared.workspaces():
         console.print(f"W&B workspace: {url}", highlight=False, soft_wrap=True, markup=False)
-
-
-def _with_metric(runs: Sequence[Run], metric: str, console: Console) -> list[Run]:
-    """Leave out those that never logged the metric, such as a run that has not validated yet, and say so."""
-    kept = [run for run in runs if any(metric in row for row in run.rows)]
-    names = [run.name for run in runs if not any(run is other for other in kept)]
-    if not kept:
-        return list(runs)
-    if names:
-        console.print(
-            f"left out, {len(names)} of {len(runs)} runs hold no {metric}: {', '.join(names)}",
-            highlight=False,
-            markup=False,
-        )
-    return kept
 
 
 def _table(console: Console, title: str, corner: str, names: Sequence[str], rows: dict[str, list[str]]) -> Table:

@@ -51,10 +51,15 @@ def embed(data: Any) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, label: str) -> str:
-    """A table that scrolls sideways where it is too wide; cells are escaped here, numbers stand to the right."""
-    above = rows[0] if rows else head
-    first = "".join(f'<th scope="col"{_kind(cell)}>{escape(name)}</th>' for name, cell in zip(head, above, strict=True))
-    body = "".join(f"<tr>{''.join(f'<td{_kind(cell)}>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    """A table that scrolls sideways where it is too wide; cells are escaped here, columns of numbers stand right."""
+    is_number = [_are_numbers(column) for column in zip(*rows, strict=True)] or [False] * len(head)
+    first = "".join(
+        f'<th scope="col"{" class=number" if number else ""}>{escape(name)}</th>'
+        for name, number in zip(head, is_number, strict=True)
+    )
+    body = "".join(
+        f"<tr>{''.join(_cell(cell, number) for cell, number in zip(row, is_number, strict=True))}</tr>" for row in rows
+    )
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}"><table>'
         f"<thead><tr>{first}</tr></thead><tbody>{body}</tbody></table></div>"
@@ -76,7 +81,11 @@ def section(title: str, content: str, intro: str = "") -> str:
     return f"<section><h2>{escape(title)}</h2>{lead}{content}</section>" if content else ""
 
 
-def _kind(cell: str) -> str:
-    if cell[:1].isdigit() or cell[:1] in ("-", "+"):
-        return " class=number"
-    return " class=long" if len(cell) > 60 else ""
+def _are_numbers(column: Sequence[str]) -> bool:
+    filled = [cell for cell in column if cell]
+    return bool(filled) and all(cell[0].isdigit() or cell[0] in "-+<" for cell in filled)
+
+
+def _cell(cell: str, is_number: bool) -> str:
+    kind = " class=number" if is_number else " class=long" if len(cell) > 60 else ""
+    return f"<td{kind}>{escape(cell)}</td>"
