@@ -95,6 +95,7 @@ class SaveRunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         settings = yaml.safe_load(self.parser.dump(self.config))
+        settings.pop("ckpt_path", None)  # of one start alone, as in config.yaml
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_hyperparams(settings)

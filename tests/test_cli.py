@@ -176,7 +176,10 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     ("settings", "message"),
     [
         (["--data.batch_size=18"], "batch_size=18 must be a multiple of cluster_size=4; nearest: 16"),
-        (["--data.mining.first_rank=95"], "96 rows are too few for the ranks up to first_rank=95"),
+        (
+            ["--data.mining.first_rank=95"],
+            "the 96 rows of task 'image-text' are too few for the ranks up to first_rank=95",
+        ),
         (["--data.batch_size=128"], "96 rows, fewer than batch_size=128"),
         (["--data.train_pairs=absent.parquet"], "no pairs file absent.parquet"),
         (["--data.image_root=."], "96 of 96 images under"),

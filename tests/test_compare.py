@@ -50,6 +50,7 @@ def test_an_offline_file_holds_what_metrics_csv_holds_and_the_plans_page(fit: Fi
     for theirs, ours in zip(kept, local.rows, strict=True):
         assert theirs == pytest.approx(ours, rel=1e-6)
     assert offline.config == local.config | {key: offline.config[key] for key in offline.config.keys() - local.config}
+    assert "ckpt_path" not in offline.config, "of one start alone"
     assert offline.config["data.batch_size"] == local.config["data.batch_size"] == 16
     validations = [row for row in local.rows if "val/mrr" in row]
     assert [row["train/rows_seen"] for row in validations] == [96, 192]
