@@ -20,7 +20,7 @@ from b3_lightning.mining.ranks import RankChoice
 from b3_lightning.reports.cards import CardLimits, choose_clusters
 from b3_lightning.reports.figures import PlanFigures
 from b3_lightning.reports.plan_page import write_plan_page
-from b3_lightning.reports.svg import Axes, Bar, Line, Span, bars, histogram, line_chart
+from b3_lightning.reports.svg import Axes, Bar, Line, Span, bars, histogram, line_chart, short
 from b3_lightning.types import Clusters, Communities, Edges, Neighbors, Window
 
 EVIL = "</script><script>document.title='broken'</script><img src=x onerror=alert(1)>"
@@ -223,3 +223,11 @@ def test_in_a_browser(written: tuple[MinedPlan, Path], tmp_path: Path) -> None:
         assert browser.ask("document.documentElement.scrollWidth") <= 375
         assert browser.errors == []
         assert {url.split(":")[0] for url in browser.requests} <= {"file", "data"}
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.25, "0.25"), (1024, "1024"), (12_000, "12k"), (16_384, "16,384"), (1_234_567, "1.235M"), (2.5e9, "2.5G")],
+)
+def test_numbers_of_axes_are_short(value: float, shown: str) -> None:
+    assert short(value) == shown

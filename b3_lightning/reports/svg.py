@@ -285,8 +285,10 @@ def _octaves(low: float, high: float, n: int) -> list[float]:
 
 
 def short(value: float) -> str:
-    """A number in few characters: 12k, 1.5M."""
+    """A number in few characters: 12k, 16,384, 1.5M."""
+    if 1e4 <= abs(value) < 1e5 and value % 100:
+        return f"{value:,.0f}"
     for unit, name in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= unit:
-            return f"{value / (1e3 if name == 'k' else unit):g}{name}"
+            return f"{value / (1e3 if name == 'k' else unit):.4g}{name}"
     return f"{value:g}"
