@@ -75,14 +75,13 @@ class Finding:
 
 def audit(pairs: ForeignPairs) -> list[Finding]:
     """All findings that need no vectors."""
-    found = [Finding("empty_side", row) for row in pairs.empty]
+    found = [Finding("empty_side", row) for row in sorted(pairs.empty)]
     found += _rows(pairs)
     positives = _Positives(pairs)
     found += _negatives(pairs, positives)
     found += _conflicts(pairs)
-    empty = set(pairs.empty)
     for batch, rows in pairs.batches.items():
-        filled = [row for row in rows if row not in empty]
+        filled = [row for row in rows if row not in pairs.empty]
         found += _in_batch(pairs, batch, filled, positives)
         found += _among_negatives(pairs, batch, filled)
     return found
@@ -97,11 +96,11 @@ def uneven(pairs: ForeignPairs) -> list[Finding]:
 
 
 def _rows(pairs: ForeignPairs) -> Iterator[Finding]:
-    first, seen, empty = dict[tuple[Item, Item], int](), set[tuple[Item, Item]](), set(pairs.empty)
-    filled = [row for row in range(len(pairs)) if row not in empty]  # an empty side is a finding of its own
+    first, seen = dict[tuple[Item, Item], int](), set[tuple[Item, Item]]()
+    filled = [row for row in range(len(pairs)) if row not in pairs.empty]  # an empty side is a finding of its own
     queries_of, targets_of = _Others(pairs.target, pairs.query, filled), _Others(pairs.query, pairs.target, filled)
     for row, (query, target) in enumerate(zip(pairs.query, pairs.target, strict=True)):
-        if row in pairs.again or row in empty:
+        if row in pairs.again or row in pairs.empty:
             continue
         if normal(query) == normal(target):
             yield Finding("query_is_target", row, exact=query == target)
@@ -137,9 +136,8 @@ class _Positives:
 
     def __init__(self, pairs: ForeignPairs) -> None:
         self._rows, self._as_written = dict[Item, dict[Item, int]](), set[tuple[Item, Item]]()
-        empty = set(pairs.empty)
         for row, (query, target) in enumerate(zip(pairs.query, pairs.target, strict=True)):
-            if row not in empty:
+            if row not in pairs.empty:
                 self._rows.setdefault(normal(query), {}).setdefault(normal(target), row)
                 self._as_written.add((normal(query), target))
 

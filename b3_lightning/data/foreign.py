@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +27,7 @@ class ForeignPairs:
 
     Args:
         batches: the rows of each.
+        empty: rows with an empty side.
         group: a text a row, empty for none; ``key`` too.
         source_row: of a file that ``batches`` wrote: which of the mined pairs each row is, again in every epoch.
     """
@@ -38,7 +39,7 @@ class ForeignPairs:
     group: list[str]
     key: list[str]
     columns: dict[str, str]
-    empty: list[int] = field(default_factory=list)
+    empty: frozenset[int] = frozenset()
     source_row: list[int] | None = None
 
     def __len__(self) -> int:
@@ -78,9 +79,9 @@ def read_foreign(path: str, columns: Mapping[str, str]) -> ForeignPairs:
     sides = {
         side: [Item(*both) for both in zip(text[a], text[b], strict=True)] for side, (a, b) in TEXT_AND_IMAGE.items()
     }
-    empty = [
+    empty = frozenset(
         row for row in range(table.num_rows) if any(not (s[row].text.strip() or s[row].image) for s in sides.values())
-    ]
+    )
     return ForeignPairs(
         sides["query"],
         sides["target"],

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from b3_lightning.data.columns import columns_of
 from b3_lightning.data.tables import read_table
-from b3_lightning.mining import BatchPlan, MinedPlan
+from b3_lightning.mining import BatchPlan, MinedPlan, rows_of_task
 from b3_lightning.mining.store import write_atomic
 from b3_lightning.types import PADDING
 
@@ -78,10 +78,9 @@ def with_negatives(mined: MinedPlan, table: pa.Table, path: str = "the pairs") -
 
 def check_files(mined: MinedPlan, sizes: Sequence[int]) -> None:
     """Refuse files, one for each task of the plan, that are given in another order; ``sizes`` are their rows."""
-    of_task = mined.task_N.bincount(minlength=len(mined.task_names)).tolist()
-    if len(sizes) == len(of_task) and sorted(sizes) == sorted(of_task) and list(sizes) != of_task:
-        named = dict(zip(mined.task_names, of_task, strict=True))
-        raise ValueError(f"the files have {list(sizes)} rows, in this order; the plan's tasks are {named}")
+    tasks = rows_of_task(mined.task_N, mined.task_names)
+    if sorted(sizes) == sorted(tasks.values()) and list(sizes) != list(tasks.values()):
+        raise ValueError(f"the files have {list(sizes)} rows, in this order; the plan's tasks are {tasks}")
 
 
 def write_ordered(

@@ -25,7 +25,7 @@ from sentence_transformers.base.sampler import DefaultBatchSampler
 from torch import Tensor
 from torch.utils.data import ConcatDataset, RandomSampler
 
-from b3_lightning.mining import BatchPlan, MinedPlan
+from b3_lightning.mining import BatchPlan, MinedPlan, rows_of_task
 from b3_lightning.types import Clusters
 
 log = logging.getLogger(__name__)
@@ -207,10 +207,9 @@ class SamplerFactory:
             return f"the plan was mined from {n_rows} rows, the dataset has {sum(sizes)}"
         if not several:
             return ""
-        tasks = self.planned.task_N.bincount(minlength=len(self.planned.task_names)).tolist()
+        tasks = rows_of_task(self.planned.task_N, self.planned.task_names)
         bounds = list(accumulate(sizes, initial=0))
         whole = all(len(self.planned.task_N[a:b].unique()) == 1 for a, b in pairwise(bounds))
-        if tasks == sizes and whole:
+        if list(tasks.values()) == sizes and whole:
             return ""
-        named = dict(zip(self.planned.task_names, tasks, strict=True))
-        return f"the datasets have {sizes} rows, in this order; the plan's tasks are {named}"
+        return f"the datasets have {sizes} rows, in this order; the plan's tasks are {tasks}"

@@ -13,6 +13,7 @@ from b3_lightning.mining.neighbors import Progress as Progress
 from b3_lightning.mining.pipeline import help_mine as help_mine
 from b3_lightning.mining.pipeline import mine as mine
 from b3_lightning.mining.plan import MinedPlan as MinedPlan
+from b3_lightning.mining.plan import rows_of_task as rows_of_task
 from b3_lightning.mining.settings import MiningSettings as MiningSettings
 from b3_lightning.mining.stages import PATIENCE as PATIENCE
 from b3_lightning.mining.stages import PeerError as PeerError

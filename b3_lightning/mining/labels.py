@@ -61,9 +61,6 @@ class _Members:
         self._place_N[self._row_N] = place_in_group(label_N[self._row_N], len(self._count_U))
         self.first_U = self._row_N[self._start_U]
 
-    def __len__(self) -> int:
-        return len(self._count_U)
-
     def stand_in(self, label_NW: Tensor) -> Tensor:
         """(N, W) the row of each label that stands at the place that the asking row has in its own."""
         place_NW = self._place_N[:, None] % self._count_U[label_NW]

@@ -21,7 +21,7 @@ _RANKS_AT_ONCE = 2**22
 """(row, rank) entries looked at together: bounds memory at about 300 MB."""
 
 _FEW = 16
-"""With so many times fewer draws than rows, all rows are looked at: most of the few may be ruled out."""
+"""Up to so many rows a draw, all rows are looked at instead: of few, most may be ruled out."""
 
 
 def draw_negatives(

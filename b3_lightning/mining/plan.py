@@ -261,6 +261,12 @@ def _read_edges(path: Path, n_rows: int) -> Edges:
     return Edges(column["source"], column["target"], column["weight"], n_rows)
 
 
+def rows_of_task(task_N: Tensor, task_names: Sequence[str]) -> dict[str, int]:
+    """How many rows each task has, in their order."""
+    counts = task_N.bincount(minlength=len(task_names)).tolist()
+    return dict(zip(task_names, counts, strict=True))
+
+
 def _read_rows(path: Path, task_names: tuple[str, ...], cluster_size: int) -> dict[str, Any]:
     table = pq.read_table(path)
     row, community, cluster, position = (

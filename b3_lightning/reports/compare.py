@@ -60,8 +60,10 @@ class Comparison:
         differing = {key: listed for key, listed in values.items() if len(set(listed)) > 1}
         return cls(runs, metric, best, differing, [significance(runs[0], run) for run in runs[1:]], left_out)
 
-    def in_words(self) -> str:
+    def omission(self) -> str:
         """Which runs are left out, and why; empty where none is."""
+        if not self.left_out:
+            return ""
         n_given = len(self.runs) + len(self.left_out)
         return f"left out, {len(self.left_out)} of {n_given} runs hold no {self.metric}: {', '.join(self.left_out)}"
 
@@ -117,8 +119,8 @@ def compare_runs(given: Sequence[str], *, metric: str = "val/mrr", output: str |
         raise ValueError(f"--output {output} must end in .html: it is one page with curves and tables")
     console = Console()
     compared = Comparison.of(load_runs(given), metric)
-    if compared.left_out:
-        console.print(compared.in_words(), highlight=False, markup=False)
+    if omission := compared.omission():
+        console.print(omission, highlight=False, markup=False)
     names = [run.name for run in compared.runs]
     title = f"validation at the step of the best {metric}"
     console.print(_table(console, title, "", names, compared.figures()))

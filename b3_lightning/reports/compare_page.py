@@ -23,8 +23,8 @@ def write_compare_page(compared: Comparison, path: Path) -> None:
     names = ", ".join(run.name for run in runs[:4]) + (", ..." if len(runs) > 4 else "")
     links = "".join(f' <a href="{escape(url)}">W&amp;B workspace</a>' for url in compared.workspaces())
     title = "1 run" if len(runs) == 1 else f"{len(runs)} runs compared"
-    left_out = f"<p>{escape(compared.in_words())}</p>" if compared.left_out else ""
-    body = f"<header><h1>{title}</h1><p>{escape(names)}{links}</p>{left_out}</header>"
+    omission = f"<p>{escape(compared.omission())}</p>" if compared.left_out else ""
+    body = f"<header><h1>{title}</h1><p>{escape(names)}{links}</p>{omission}</header>"
     body += _best(compared) + _significance(compared) + _curves(compared) + _settings(compared)
     write_text(path, page(title, body))
 
