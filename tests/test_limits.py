@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from b3_lightning.mining import BatchPlan, MinedPlan, MiningSettings, mine
@@ -125,6 +125,7 @@ def test_rows_in_near_identical_families() -> None:
     resolution=st.sampled_from([0.1, 1.0, 5.0]),
     seed=st.integers(0, 2**20),
 )
+@example(24, 2, 269, "leiden", "louvain", 1, 0.1, 245303)  # networkit's Leiden never comes back from this one
 @settings(max_examples=1000, deadline=None)
 def test_a_thousand_random_graphs(
     n_rows: int,

@@ -6,7 +6,7 @@ import itertools
 from unittest import mock
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from b3_lightning.mining import swaps
@@ -63,6 +63,7 @@ def test_no_rounds_no_edges_or_one_cluster_change_nothing() -> None:
     arcs_at_once=st.sampled_from([1, 20, 2**18]),
     seed=st.integers(0, 9999),
 )
+@example(17, 2, 79, 20, 2563)  # exchanging one end of two pairs gains what exchanging the other does
 @settings(max_examples=200, deadline=None)
 def test_sizes_stay_and_at_the_end_no_swap_is_left_that_helps(
     n_rows: int, size: int, n_edges: int, arcs_at_once: int, seed: int
@@ -72,7 +73,7 @@ def test_sizes_stay_and_at_the_end_no_swap_is_left_that_helps(
 
 
 def check_a_search(clusters: Clusters, edges: Edges) -> None:
-    before, n_rounds = kept(clusters.ids_CK, edges), 0
+    before = kept(clusters.ids_CK, edges)
     better = clusters
     while True:
         stepped = improve_by_swaps(better, edges, max_rounds=1)
@@ -81,9 +82,16 @@ def check_a_search(clusters: Clusters, edges: Edges) -> None:
         if stepped.ids_CK.equal(better.ids_CK):
             break
         assert after > before, "every round keeps more"
-        better, before, n_rounds = stepped, after, n_rounds + 1
-    assert better.ids_CK.equal(improve_by_swaps(clusters, edges, max_rounds=n_rounds + 1).ids_CK)
-    ids_P = better.ids_CK.flatten()
+        better, before = stepped, after
+    # all rounds at once look only at what has changed; of two swaps that gain the same they may make the other
+    whole = improve_by_swaps(clusters, edges, max_rounds=100)
+    assert torch.equal(whole.ids_CK == PADDING, clusters.ids_CK == PADDING)
+    for found in (better, whole):
+        check_that_no_swap_helps(found, edges)
+
+
+def check_that_no_swap_helps(clusters: Clusters, edges: Edges) -> None:
+    ids_P, before = clusters.ids_CK.flatten(), kept(clusters.ids_CK, edges)
     for first, second in itertools.combinations(range(len(ids_P)), 2):
         if PADDING in (ids_P[first], ids_P[second]):
             continue

@@ -1,4 +1,4 @@
-"""The CPU backend: the only file that imports networkit, KaMinPar, pymetis and faiss.
+"""The CPU backend: the only file that imports networkit, graspologic-native, KaMinPar, pymetis and faiss.
 
 Each partitioner runs on one thread, because each gives other partitions on more (measured with networkit 11 and
 KaMinPar 3.7), and one thread costs about a second for 57,000 rows.
@@ -7,8 +7,6 @@ KaMinPar 3.7), and one thread costs about a second for 57,000 rows.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,56 +19,57 @@ from b3_lightning.types import Edges
 
 _IMBALANCE = 0.03
 """KaMinPar's parts may exceed K by this share before sizes are made exact; tighter costs kept edges."""
+_MOST_SWEEPS = 100
+"""Leiden's moves over all rows in one level: rounding must not let two rows change places for ever."""
 
 
 def louvain(edges: Edges, *, resolution: float, seed: int) -> Tensor:
     """Community label of every row by parallel Louvain (networkit's PLM) on one thread."""
     import networkit as nk
 
-    with _one_networkit_thread(nk, seed):
-        return _run_networkit(nk.community.PLM(_networkit_graph(nk, edges), gamma=resolution, par="none"))
-
-
-def leiden(edges: Edges, *, resolution: float, seed: int) -> Tensor:
-    """Community label of every row by Leiden (networkit's ParallelLeiden) on one thread."""
-    import networkit as nk
-
-    with _one_networkit_thread(nk, seed):
-        return _run_networkit(nk.community.ParallelLeiden(_networkit_graph(nk, edges), gamma=resolution))
-
-
-@contextmanager
-def _one_networkit_thread(nk: Any, seed: int) -> Iterator[None]:
+    pairs = (edges.source_E.numpy().astype(np.uint64), edges.target_E.numpy().astype(np.uint64))
+    weights = edges.weight_E.numpy().astype(np.float64)
     threads = nk.getMaxNumberOfThreads()
     nk.setNumberOfThreads(1)
     nk.setSeed(seed, False)
     try:
-        yield
+        graph = nk.GraphFromCoo((weights, pairs), n=edges.n_rows, weighted=True)
+        algorithm = nk.community.PLM(graph, gamma=resolution, par="none").run()
     finally:
         nk.setNumberOfThreads(threads)
-
-
-def _networkit_graph(nk: Any, edges: Edges) -> Any:
-    pairs = (edges.source_E.numpy().astype(np.uint64), edges.target_E.numpy().astype(np.uint64))
-    weights = edges.weight_E.numpy().astype(np.float64)
-    return nk.GraphFromCoo((weights, pairs), n=edges.n_rows, weighted=True)
-
-
-def _run_networkit(algorithm: Any) -> Tensor:
-    algorithm.run()
     partition = algorithm.getPartition()  # must outlive the copy: its vector is freed with it
     return torch.tensor(partition.getVector(), dtype=torch.int64, device="cpu")
 
 
-def _adjacency(edges: Edges) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Compressed rows: (offset of each row, neighbours, whole-number weights)."""
+def leiden(edges: Edges, *, resolution: float, seed: int) -> Tensor:
+    """Community label of every row by Leiden (graspologic-native); networkit's does not end on some graphs."""
+    import graspologic_native
+
+    offset, neighbor, weight = _adjacency(edges)
+    _, label_of_row = graspologic_native.leiden_csr(
+        offset,
+        neighbor.astype(np.int32),
+        weight.astype(np.float64),
+        edges.n_rows,
+        resolution=resolution,
+        seed=seed,
+        max_local_moving_iterations=_MOST_SWEEPS,
+    )
+    return torch.tensor([label_of_row[row] for row in range(edges.n_rows)], dtype=torch.int64, device="cpu")
+
+
+def _adjacency(edges: Edges) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Compressed rows: (offset of each row, neighbours, weights)."""
     from_A, to_A, weight_A = edges.both_directions()
     order_A = (from_A * edges.n_rows + to_A).argsort()
     degree_N = torch.bincount(from_A, minlength=edges.n_rows)
     offset = np.concatenate([[0], degree_N.cumsum(0).numpy()])
-    # partitioners take whole numbers; edges of weight 1 stay exact
-    weight = (weight_A[order_A] * 64).round().clamp(min=1).to(torch.int64).numpy()
-    return offset, to_A[order_A].numpy(), weight
+    return offset, to_A[order_A].numpy(), weight_A[order_A].numpy()
+
+
+def _whole(weight: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    """Weights as the whole numbers that partitioners take; those of 1 stay exact."""
+    return (weight * 64).round().clip(min=1).astype(np.int64)
 
 
 def metis_parts(edges: Edges, *, n_parts: int, seed: int) -> Tensor:
@@ -83,7 +82,7 @@ def metis_parts(edges: Edges, *, n_parts: int, seed: int) -> Tensor:
     _, part_N = pymetis.part_graph(
         n_parts,
         pymetis.CSRAdjacency(offset, neighbor),
-        eweights=weight,
+        eweights=_whole(weight),
         recursive=False,
         options=pymetis.Options(seed=seed),
     )
@@ -114,7 +113,7 @@ def _write_parhip(path: Path, edges: Edges) -> None:
         np.array([2, edges.n_rows, len(neighbor)], dtype=np.uint64).tofile(file)
         (offset * 8 + header_bytes).astype(np.uint64).tofile(file)
         neighbor.astype(np.uint64).tofile(file)
-        weight.tofile(file)
+        _whole(weight).tofile(file)
 
 
 class InvertedLists:

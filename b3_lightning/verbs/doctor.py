@@ -22,7 +22,8 @@ from b3_lightning.mining.selftest import check_backend
 from b3_lightning.mining.settings import MiningSettings
 
 MODULES = (
-    "torch", "lightning", "sentence_transformers", "transformers", "peft", "networkit", "kaminpar", "pymetis", "wandb",
+    "torch", "lightning", "sentence_transformers", "transformers", "peft", "networkit", "graspologic_native",
+    "kaminpar", "pymetis", "wandb",
     "faiss", *SLIM, *TABLES, "cuvs", "dask_cuda",
 )  # fmt: skip
 
