@@ -24,6 +24,8 @@ ROW_VALUES = ("row", "query_key", "target_key", "group_key")
 GRID = 2.0**26
 """Vectors are whole multiples of 1 / GRID, of which mining/exact.py computes the same cosines on every machine."""
 _TILE_ROWS = 2**15
+_LEAST_NORM = 1e-15
+"""Of rows shorter than this, or longer than its inverse, the squares lose figures or are no float32 at all."""
 
 
 def round_to_grid_(vector_QD: Tensor) -> Tensor:
@@ -138,6 +140,10 @@ def _unit_rows(side: str, values: Any) -> Tensor:
     for start in range(0, len(vector_ND), _TILE_ROWS):
         tile_QD = vector_ND[start : start + _TILE_ROWS].float()
         norm_Q = tile_QD.norm(dim=1)
+        beyond = ((norm_Q < _LEAST_NORM) | (norm_Q > 1 / _LEAST_NORM)).nonzero().flatten()
+        if len(beyond):  # their squares leave float32
+            tile_QD = tile_QD.index_copy(0, beyond, tile_QD[beyond] / tile_QD[beyond].abs().amax(dim=1, keepdim=True))
+            norm_Q = tile_QD.norm(dim=1)
         bad += ((~torch.isfinite(norm_Q) | (norm_Q == 0)).nonzero().flatten() + start).tolist()
         if unit_ND is None and vector_ND.dtype == torch.float32 and _is_unit(tile_QD, norm_Q):
             continue

@@ -374,3 +374,12 @@ def test_unit_vectors_are_not_copied_and_all_bad_rows_are_named() -> None:
     broken[[3, 50, 99]] = np.nan
     with pytest.raises(ValueError, match=r"rows? ?\(?s?\)? 3, 50, 99"):
         Embeddings.from_arrays(broken, vectors(100))
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-22, 1e22, 1e37])
+def test_rows_of_any_length_become_unit_rows(scale: float) -> None:
+    plain = vectors(5)
+    scaled = plain.copy()
+    scaled[2] *= scale
+    kept = Embeddings.from_arrays(scaled, plain)
+    torch.testing.assert_close(kept.query_ND, kept.target_ND, rtol=0, atol=1e-6)
