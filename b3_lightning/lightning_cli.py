@@ -230,8 +230,8 @@ class B3CLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         finally:
-            if self._record is not None and not self._trained():
-                self._record.take_back()
+            if self._record is not None:
+                self._record.end(trained=self._trained())
 
     def _trained(self) -> bool:
         keepers = [one for one in self.trainer.checkpoint_callbacks if type(one) is LastCheckpoint]
@@ -239,13 +239,15 @@ class B3CLI(LightningCLI):
 
     def before_fit(self) -> None:
         check_folder(Path(self.run.dir))
+        if self.trainer.is_global_zero:
+            self._record = RunRecord(Path(self.run.dir))
         given = self._get(self.config, "ckpt_path")
         self.config_init["fit"]["ckpt_path"] = where_to_begin(Path(self.run.dir), self.parser_dump(), given)
         self._get(self.config_init, "remine").check(self.datamodule)
         self.datamodule.setup("fit")
-        if self.trainer.is_global_zero:
+        if self._record is not None:
             tell_idle(self.datamodule, self._get(self.config_init, "remine"))
-            self._record = RunRecord(Path(self.run.dir), self.parser_dump())
+            self._record.begin(self.parser_dump())
 
     def before_mine(self) -> None:
         output = Path(self._get(self.config, "output"))

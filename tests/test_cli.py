@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from b3_lightning.cli import main
 from b3_lightning.lightning_cli import _cli_of
 from b3_lightning.mining import MinedPlan
+from b3_lightning.mining.lock import FolderLock
+from b3_lightning.reports import record
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--model.embedder={hidden_sizes: [8, 16], image_size: 32}"
@@ -205,6 +207,24 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(fit: Run) -> None:
     fit("image-text", SMALL, "--data.batches=random", "--trainer.max_epochs=1")
     with pytest.raises(SystemExit, match="holds another run"):
         fit("image-text", SMALL, "--data.batches=random", "--trainer.max_epochs=1")
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(
+    fit: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record, "_PATIENCE_S", 0.0)
+    given = ("image-text", SMALL, "--data.batches=random", "--trainer.max_epochs=1")
+    lock = FolderLock(tmp_path / "run")
+    assert lock.take(seconds=0)
+    with pytest.raises(SystemExit, match=rf"run\.dir=.*run is in use by process {os.getpid()} on .*: wait until"):
+        fit(*given)
+    lock.release()
+    with pytest.raises(SystemExit, match=r"no_such\.parquet"):
+        fit(*given, "--data.train_pairs=no_such.parquet")
+    assert not (tmp_path / "run").exists()
+    fit(*given)
+    assert lock.take(seconds=0)  # it was given back
+    lock.release()
 
 
 def test_vectors_of_other_pairs_are_refused(fit: Run, tmp_path: Path) -> None:

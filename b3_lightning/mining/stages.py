@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from b3_lightning.mining.lock import FolderLock
 from b3_lightning.mining.store import write_bytes
 
 log = logging.getLogger(__name__)
@@ -101,35 +99,18 @@ class Stages:
         if self.folder is None:
             yield
             return
-        lock = FileLock(self.folder / "lock")
-        holder = self.folder / "holder.json"
+        lock = FolderLock(self.folder)
         if self.processes.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _acquire(lock, holder)
+            if not lock.take(seconds=0):
+                log.warning("waiting: %s is in use by %s", self.folder, lock.holder())
+                lock.take()
             for unfinished in self.folder.glob("*/.*.tmp"):  # of a process that was killed
                 unfinished.unlink()
-            holder.write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid()}), encoding="utf-8")
         self.processes.barrier()
         try:
             yield
         finally:
-            lock.release()  # the system releases it too, should this process be killed
-
-
-def _acquire(lock: FileLock, holder: Path) -> None:
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.warning("waiting: %s is in use by %s", holder.parent, _holder(holder))
-        lock.acquire()
-
-
-def _holder(path: Path) -> str:
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        return f"process {told['process']} on {told['host']}"
-    except (OSError, ValueError, KeyError):
-        return "another process"
+            lock.release()
 
 
 class Stage:
