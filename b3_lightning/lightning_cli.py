@@ -46,7 +46,7 @@ from b3_lightning.reports.outcome import print_outcome, print_scores
 from b3_lightning.reports.record import RunRecord
 from b3_lightning.reports.wandb_mode import WandbMode, has_wandb_key, is_offline
 from b3_lightning.terminal import quieten
-from b3_lightning.trainer import LOADING, B3Trainer, wait_patiently
+from b3_lightning.trainer import LOADING, B3Trainer
 from b3_lightning.verbs import VERBS
 
 DESCRIPTION = "Train embedding models on batches mined to be hard (B3)."
@@ -157,9 +157,7 @@ class B3CLI(LightningCLI):
         own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if given.get("enable_progress_bar") is not False and not own_bar:
             callbacks.append(RichProgressBar(leave=True))
-        trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
-        wait_patiently(trainer.strategy)
-        return trainer
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def parser_dump(self) -> str:
         """The run's settings as YAML, without the checkpoint that it goes on from: that is of one start alone."""

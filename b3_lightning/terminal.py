@@ -20,6 +20,8 @@ def quieten() -> None:
         ".*could not find the monitored key",
         ".*Total length of `list` across ranks is zero",  # no validation pairs
         ".*isinstance.treespec, LeafSpec.",
+        ".*It is recommended to use .self.log",  # what is logged is the same in all processes
+        ".*functional.all_gather is deprecated",  # Lightning's call
     ):
         warnings.filterwarnings("ignore", message=message)
     warnings.filterwarnings("ignore", category=JsonargparseDeprecationWarning)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from rich.console import Console
 from torch.distributed.constants import default_pg_timeout
 
@@ -22,23 +22,31 @@ LOADING: dict[str, Any] = {"reload_dataloaders_every_n_epochs": 1, "use_distribu
 """Every epoch has batches of its own, and they come shared out over the processes."""
 
 
-def wait_patiently(strategy: Strategy) -> None:
-    """Have the processes wait for each other as long as one may mine, where no other time was set."""
+def suit(strategy: Strategy) -> None:
+    """Set what contrastive training on mined batches needs of several processes, where nothing else was given.
+
+    They wait for each other as long as one may mine. DDP looks in every step for weights that took no part: a BERT's
+    pooler never does, and a model of pictures and texts meets batches without pictures.
+    """
     if getattr(strategy, "_timeout", None) == default_pg_timeout:
         strategy._timeout = PATIENCE  # type: ignore[attr-defined]
+    if isinstance(strategy, DDPStrategy):
+        strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
 
 
 class B3Trainer(L.Trainer):
     """Lightning's Trainer, which also mines without training.
 
     Its defaults let every epoch have batches of its own: ``reload_dataloaders_every_n_epochs=1`` and
-    ``use_distributed_sampler=False``, with which ``lightning.Trainer`` trains on mined batches too.
+    ``use_distributed_sampler=False``, with which ``lightning.Trainer`` trains on mined batches too. Under DDP it looks
+    for weights that take no part, and its processes wait for one that mines, unless the strategy says otherwise.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         for name, value in LOADING.items():
             kwargs.setdefault(name, value)
         super().__init__(**kwargs)
+        suit(self.strategy)
 
     def mine(self, model: ContrastiveModule, datamodule: PairsDataModule, output: str) -> MinedPlan | None:
         """Mine the training pairs into a plan and write it with a report.

@@ -124,13 +124,15 @@ def test_two_processes_train_on_one_plan(tmp_path: Path, shapes: Path) -> None:
         "fit", SMALL, "--run.wandb=disabled", "--run.dir=run", "--remine.enabled=true", "--data.batch_size=16",
         f"--data.train_pairs={pairs}", f"--data.val_pairs={pairs}", f"--data.image_root={shapes}",
         "--data.mining={first_rank: 1, n_ranks: 10, cluster_size: 4}", "--trainer.max_epochs=3",
-        "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp_find_unused_parameters_true",
+        "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp",
         "--trainer.enable_progress_bar=false",
         cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "run" / "plans").iterdir()) == ["epoch-0001", "epoch-0002"]
     assert "18 steps" in done.stdout
+    assert "recommended" not in done.stderr
+    assert "deprecated" not in done.stderr
 
 
 def test_mining_by_two_processes_gives_the_plan_of_one_and_is_reused(

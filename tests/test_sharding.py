@@ -27,7 +27,7 @@ from b3_lightning.model import ContrastiveModule, LoadSettings, LoraSettings, Sm
 from b3_lightning.model.embedder import load_embedder
 from b3_lightning.model.loss import LossSettings
 from b3_lightning.model.sharding import EqualPasses, FullyShardedStrategy, clip_gradients, shard, whole_weights
-from b3_lightning.trainer import wait_patiently
+from b3_lightning.trainer import B3Trainer
 from b3_lightning.types import ROW_VALUES, ChunkSettings
 
 N_ROWS = 8
@@ -240,7 +240,8 @@ def test_a_run_that_fails_gathers_no_cut_weights_and_processes_wait_for_one_that
     assert waits == [PATIENCE]
 
 
-def test_a_time_to_wait_that_was_set_stays() -> None:
-    own = DDPStrategy(timeout=timedelta(minutes=5))
-    wait_patiently(own)
+def test_what_a_strategy_was_given_stays() -> None:
+    own = DDPStrategy(timeout=timedelta(minutes=5), find_unused_parameters=False)
+    B3Trainer(strategy=own, accelerator="cpu", devices=2, logger=False)
     assert own._timeout == timedelta(minutes=5)
+    assert own._ddp_kwargs == {"find_unused_parameters": False}
