@@ -319,7 +319,7 @@ def run_lightning(args: list[str] | None) -> None:
     quieten()
     cli = _cli_of(sys.argv[1:] if args is None else args)
     FullyShardedStrategy.register()
-    mode = {"parser_mode": "omegaconf+"}
+    mode = {"parser_mode": "omegaconf+", "allow_abbrev": False}  # a slip is told, not taken for a longer name
     # DDP starts its other processes with sys.argv, so that must stay as it is on a real command line
     argv = sys.argv
     if args is not None:

@@ -203,6 +203,9 @@ def test_unknown_settings_are_refused(fit: Run, capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         fit("image-text", SMALL, "--data.mining.frist_rank=3")
     assert "frist_rank" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        fit("image-text", SMALL, "--data.mining.n_rank=3")  # the beginning of another's name
+    assert "no setting data.mining.n_rank; did you mean data.mining.n_ranks" in capsys.readouterr().err
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(fit: Run) -> None:
@@ -248,7 +251,7 @@ def test_re_mining_needs_reloaded_batches_and_a_student_needs_re_mining(fit: Run
 @pytest.mark.parametrize(
     ("kind", "embedder", "unfit"),
     [
-        ("both-image", SMALL, r"SmallEmbedder does not take \('image', 'text'\)"),
+        ("both-image", SMALL, r"SmallEmbedder does not take image and text in one item"),
         ("image-text", "bert", "not take image,"),
     ],
 )

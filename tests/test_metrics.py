@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -85,6 +87,19 @@ def test_values_and_rows_that_a_sampler_repeats() -> None:
     assert values["hit@5"] == 1
     assert abs(values["mrr"] - (1 + 1 / 3 + 1 / 3) / 3) < 1e-6
     assert abs(values["ndcg@10"] - (1 + 0.5 + 0.5) / 3) < 1e-6
+    e = math.e  # all three targets stand against every query, also those of the other batch
+    expected = (-math.log(e / (e + 2)) - 2 * math.log(1 / (e + 2))) / 3
+    assert abs(values["loss"] - expected) < 1e-6
+
+
+def test_the_loss_leaves_out_right_answers_and_goes_by_the_temperature() -> None:
+    metrics = RetrievalMetrics()
+    metrics.temperature = 0.5
+    # rows 0 and 1 are of one query, rows 2 and 3 of one group: neither is the other's negative
+    keys = {"row_B": torch.arange(4), "query_key_B": torch.tensor([0, 0, 1, 2]), "target_key_B": torch.arange(4)}
+    metrics.update(torch.eye(4), torch.eye(4), **keys, group_key_B=torch.tensor([-1, -1, 5, 5]))
+    expected = math.log(1 + 2 * math.exp(-2))
+    assert abs(float(metrics.compute()["loss"]) - expected) < 1e-6
 
 
 def test_vectors_that_are_not_finite_are_refused_by_row() -> None:

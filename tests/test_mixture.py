@@ -240,7 +240,7 @@ def test_a_clip_teacher_mines_for_a_vision_language_model(fit: Run, models: dict
         f"--data.teacher={models['clip']}", "--model.teacher_load.dtype=float32", "--trainer.max_epochs=1",
         "--trainer.limit_train_batches=1",
     )  # fmt: skip
-    with pytest.raises(SystemExit, match=r"does not take \('image', 'text'\).*model.fuse_teacher"):
+    with pytest.raises(SystemExit, match=r"does not take image and text in one item.*model.fuse_teacher"):
         fit("both-image", *settings, name="refused")
     run = fit("both-image", *settings, "--model.fuse_teacher=true")
     assert (run / "plans" / "epoch-0000" / "plan.json").is_file()

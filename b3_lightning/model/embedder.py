@@ -291,12 +291,18 @@ def check_trained(model: SentenceTransformer, precision: str) -> None:
         )
 
 
+def in_words(modality: Any) -> str:
+    """``text``, ``image``, or both at once."""
+    return modality if isinstance(modality, str) else f"{' and '.join(modality)} in one item"
+
+
 def check_supports(model: SentenceTransformer | FusedEmbedder, name: str, modalities: Iterable[Any]) -> None:
     """Refuse pairs that hold what the model does not take: ``text``, ``image`` or ``(image, text)`` in one item."""
-    unfit = sorted(str(modality) for modality in modalities if not model.supports(modality))
+    unfit = sorted(in_words(modality) for modality in modalities if not model.supports(modality))
     if unfit:
+        taken = ", ".join(in_words(modality) for modality in model.modalities)
         raise ValueError(
-            f"{name} does not take {', '.join(unfit)}, which the pairs hold; it takes {model.modalities}. "
+            f"{name} does not take {', '.join(unfit)}, which the pairs hold; it takes {taken}. "
             "Pictures with text in one item need a vision-language model, or model.fuse_teacher for a teacher like CLIP"
         )
 

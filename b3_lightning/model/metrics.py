@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from b3_lightning.model.ranks import positive_ranks, rank_metrics
+from b3_lightning.model.ranks import losses_of, rank_metrics, ranks_of, scored_tiles
 from b3_lightning.types import name_rows
 
 
 class RetrievalMetrics(Metric):
-    """``hit@1 @5 @10``, ``mrr`` and ``ndcg@10`` of each query's own target among all unique targets.
+    """``hit@1 @5 @10``, ``mrr``, ``ndcg@10`` and InfoNCE ``loss`` of each query's own target among all unique targets.
 
     Keeps the vectors of the validation set, because a rank needs all targets; every row counts once, also where a
     distributed sampler repeats rows to even out the processes. ``rank_of_row_N2`` (int64: row id, rank from 0) are the
-    ranks that the last ``compute`` found, by row, among ``n_targets`` unique ones.
+    ranks that the last ``compute`` found, by row, among ``n_targets`` unique ones. ``temperature`` is the loss's.
     """
 
     full_state_update = False
@@ -36,6 +36,7 @@ class RetrievalMetrics(Metric):
             self.add_state(name, default=[], dist_reduce_fx="cat")
         self.rank_of_row_N2 = torch.empty(0, 2, dtype=torch.int64)
         self.n_targets = 0
+        self.temperature = 1.0
 
     def update(
         self,
@@ -69,10 +70,12 @@ class RetrievalMetrics(Metric):
                 f"vectors of {len(row_R):,} of {len(first_N):,} rows are not finite ({name_rows(row_R)}): the model's "
                 "weights are broken, or its numbers are too large for trainer.precision"
             )
-        rank_N = positive_ranks(query_ND[first_N], target_ND[first_N], *key_N4[first_N, 1:].unbind(1))
+        tiles = scored_tiles(query_ND[first_N], target_ND[first_N], *key_N4[first_N, 1:].unbind(1))
+        found = [(ranks_of(*tile), losses_of(*tile, self.temperature)) for tile in tiles]
+        rank_N, loss_N = (torch.cat(column) for column in zip(*found, strict=True))
         self.rank_of_row_N2 = torch.stack([key_N4[first_N, 0], rank_N], dim=1).cpu()
         self.n_targets = len(key_N4[:, 2].unique())
-        return rank_metrics(rank_N)
+        return {**rank_metrics(rank_N), "loss": loss_N.mean()}
 
 
 def _as_one(state: list[Tensor] | Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from b3_lightning.model.embedder import (
 )
 from b3_lightning.model.fused import FusedEmbedder
 from b3_lightning.model.gradcache import Encode, GradCache, check_chunkable
-from b3_lightning.model.loss import LossSettings, Rows, Temperature, info_nce, same_key
+from b3_lightning.model.loss import LossSettings, Rows, Temperature
 from b3_lightning.model.metrics import RetrievalMetrics
 from b3_lightning.model.optim import OptimSettings
 from b3_lightning.model.sharding import (
@@ -251,21 +251,13 @@ class ContrastiveModule(L.LightningModule):
         return place_ND.index_copy(0, there_P, self.embed(features, encode))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, "val")
+        self._evaluate(batch)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, "test")
+        self._evaluate(batch)
 
-    def _evaluate(self, batch: dict[str, Any], split: str) -> None:
-        query_BD, target_BD = self.embed(batch["query"]), self.embed(batch["target"])
-        rows = Rows.of(batch)
-        self.metrics.update(query_BD, target_BD, **rows._asdict())
-        with torch.autocast(self.device.type, enabled=False):
-            score_BB = query_BD @ target_BD.T
-            loss = info_nce(
-                score_BB, temperature=self.temperature(), ignore_BC=same_key(rows, rows, batch.get("known_BM"))
-            )
-        self.log(f"{split}/loss", loss, batch_size=len(query_BD), sync_dist=True)
+    def _evaluate(self, batch: dict[str, Any]) -> None:
+        self.metrics.update(self.embed(batch["query"]), self.embed(batch["target"]), **Rows.of(batch)._asdict())
 
     def _begin_evaluation(self) -> None:
         if self._lacks_vocabulary:
@@ -291,6 +283,8 @@ class ContrastiveModule(L.LightningModule):
 
     def _log_metrics(self, split: str) -> None:
         shown = ("hit@1", "mrr")
+        with torch.no_grad():
+            self.metrics.temperature = float(self.temperature())
         for name, value in self.metrics.compute().items():
             self.log(f"{split}/{name}", value, prog_bar=name in shown)
         self.metrics.reset()

@@ -5,6 +5,8 @@ Shapes: N = queries, M = pairs, U = unique targets, Q = queries of a tile.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -29,12 +31,23 @@ def positive_ranks(
     not counted; the group of -1 is none. A tie counts against the query, so that a collapsed embedder scores 0; scores
     within 1e-6 are tied, since equal vectors need not score alike to the last bit.
     """
+    tiles = scored_tiles(query_ND, target_MD, query_key_M, target_key_M, group_key_M)
+    return torch.cat([ranks_of(score_QU, own_Q) for score_QU, own_Q in tiles])
+
+
+def scored_tiles(
+    query_ND: Tensor,
+    target_MD: Tensor,
+    query_key_M: Tensor,
+    target_key_M: Tensor,
+    group_key_M: Tensor | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """By tiles of queries: (Q, U) scores of the unique targets, -inf for what is right; (Q, 1) of the own one."""
     _, target_of_M = target_key_M.unique(return_inverse=True)
     first_U = torch.full((int(target_of_M.max()) + 1,), len(target_MD), dtype=torch.int64, device=target_MD.device)
     first_U.scatter_reduce_(0, target_of_M, torch.arange(len(target_MD), device=target_MD.device), "amin")
     target_UD = target_MD[first_U]
     alike = [_Alike(query_key_M), *([] if group_key_M is None else [_Alike(group_key_M)])]
-    ranks = []
     for start in range(0, len(query_ND), _TILE):
         row_Q = torch.arange(start, min(start + _TILE, len(query_ND)), device=query_ND.device)
         score_QU = query_ND[row_Q] @ target_UD.T
@@ -42,8 +55,18 @@ def positive_ranks(
         for rows in alike:
             query_P, row_P = rows.of(row_Q)
             score_QU[query_P, target_of_M[row_P]] = -torch.inf
-        ranks.append((score_QU >= own_Q - _TIE).sum(dim=1))
-    return torch.cat(ranks)
+        yield score_QU, own_Q
+
+
+def ranks_of(score_QU: Tensor, own_Q: Tensor) -> Tensor:
+    """(Q,) int64 of a tile."""
+    return (score_QU >= own_Q - _TIE).sum(dim=1)
+
+
+def losses_of(score_QU: Tensor, own_Q: Tensor, temperature: float) -> Tensor:
+    """(Q,) InfoNCE of a tile: the own target against all that are not right."""
+    own_Q = own_Q.float().flatten() / temperature
+    return torch.logaddexp(own_Q, (score_QU.float() / temperature).logsumexp(dim=1)) - own_Q
 
 
 class _Alike:

@@ -50,7 +50,7 @@ class Sheet:
     def _first(self, n_shown: int) -> Table:
         """The table's first columns."""
         n_left = len(self.header) - n_shown
-        left = f"{n_left} columns do not fit here; results.md has them" if n_left else ""
+        left = f"columns that do not fit here: {n_left}; results.md has all" if n_left else ""
         note = "; ".join(part for part in (self.note, left) if part)
         table = Table(title=self.title, caption=note or None, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.title_justify = table.caption_justify = "left"
