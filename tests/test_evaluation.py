@@ -417,5 +417,5 @@ def test_words_are_whole_on_a_narrow_terminal_and_what_does_not_fit_is_counted(
     assert "ImageNet-1K" in said
     assert "50.0" in said
     assert ("columns that do not fit here: " in " ".join(said.split())) == (width < 200)
-    assert said.count("model-") + sum(map(int, re.findall(r"(\d+)\s+columns", said))) == 8
+    assert said.count("model-") + sum(map(int, re.findall(r"fit here:\s+(\d+)", said))) == 8
     assert max(map(len, said.splitlines())) <= width
