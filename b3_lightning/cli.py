@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from b3_lightning.options import COMMAND
-from b3_lightning.verbs import VERBS, run_verb
+from b3_lightning.signals import end_with_parent
+from b3_lightning.verbs import TRAINER_COMMANDS, VERBS, run_verb
 
-TRAINER_COMMANDS = ("fit", "validate", "test", "predict", "mine", "plan")
 OUT_OF_MEMORY = (
     "the GPU ran out of memory. Embed a batch in chunks, which keeps |B| as it is: --model.chunks.items=16 (smaller "
     "chunks need less); for validation and mining lower data.eval_batch_size; model.load.gradient_checkpointing=true, "
@@ -27,6 +27,8 @@ OUT_OF_MEMORY = (
 
 def main(args: list[str] | None = None) -> None:
     """Run one command; ``args`` default to those of the process."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        end_with_parent()  # another process of a run, which would wait for the first as long as one may mine
     given = list(sys.argv[1:] if args is None else args)
     show_log()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
-from rich.console import Console
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from b3_lightning import __version__
 from b3_lightning.callbacks import (
@@ -37,17 +38,19 @@ from b3_lightning.checkpoints import (
     StepCheckpoint,
     existing_checkpoint,
 )
+from b3_lightning.console import open_console
 from b3_lightning.data import PairsDataModule
 from b3_lightning.mining.store import check_folder
-from b3_lightning.mistakes import Parser, check_devices, tell_idle, tell_weights
+from b3_lightning.mistakes import Parser, check_devices, check_monitors, tell_idle, tell_interrupted, tell_weights
 from b3_lightning.model import ContrastiveModule, FullyShardedStrategy
+from b3_lightning.model.embedder import SmallEmbedder
 from b3_lightning.options import COMMAND
 from b3_lightning.reports.outcome import print_outcome, print_scores
 from b3_lightning.reports.record import RunRecord
 from b3_lightning.reports.wandb_mode import WandbMode, has_wandb_key, is_offline
 from b3_lightning.terminal import quieten
 from b3_lightning.trainer import LOADING, B3Trainer
-from b3_lightning.verbs import VERBS
+from b3_lightning.verbs import TRAINER_COMMANDS, VERBS
 
 DESCRIPTION = "Train embedding models on batches mined to be hard (B3)."
 EPILOG = (
@@ -114,6 +117,12 @@ class B3CLI(LightningCLI):
         parser.add_lightning_class_args(HardnessMonitor, "hardness")
         parser.add_lightning_class_args(MiningReport, "report")
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        listing: Any = parser._subcommands_action
+        for listed in listing._choices_actions:
+            listed.help = TRAINER_COMMANDS[listed.dest]  # Lightning's own end in the middle of a sentence
+
     def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser: LightningArgumentParser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand in ("validate", "test"):
@@ -135,29 +144,29 @@ class B3CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         given = self._get(self.config_init, "trainer")
         check_devices(given.get("accelerator"), given.get("devices"))
+        keeps = given.get("enable_checkpointing") is not False
         kwargs.setdefault("default_root_dir", self.run.dir)
         kwargs["plugins"] = [*_listed(given.get("plugins")), CheckedCheckpointIO()]
         if given.get("logger") is None:
             kwargs["logger"] = self._loggers()
         callbacks = _listed(given.get("callbacks"))
         if self.subcommand == "fit":
-            if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
-                callbacks += self._checkpoints()
-            elif self.run.checkpoint_every_n_steps is not None:
-                raise ValueError(
-                    "run.checkpoint_every_n_steps is without effect where trainer.callbacks holds a ModelCheckpoint of "
-                    "your own: set every_n_train_steps there"
-                )
+            callbacks += self._checkpoints(callbacks) if keeps else []
             export = Export(self.parser_dump(), self.run.merge_adapter)
             callbacks += [TerminateOnNaN(), Clock(), KeepRanks(), Requeue(), export]
         else:
             kwargs["enable_checkpointing"] = False
         if self.subcommand == "predict":
             callbacks.append(EmbeddingWriter())
+        if given.get("enable_model_summary") is None:
+            kwargs["enable_model_summary"] = False  # a line says it: Lightning's table knows the model as one row
         own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if given.get("enable_progress_bar") is not False and not own_bar:
             callbacks.append(RichProgressBar(leave=True))
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        try:
+            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        except (ValueError, ImportError) as error:  # Lightning's
+            raise ValueError(f"the trainer cannot be made as it is set: {error}") from error
 
     def parser_dump(self) -> str:
         """The run's settings as YAML, without the checkpoint that it goes on from: that is of one start alone."""
@@ -194,11 +203,19 @@ class B3CLI(LightningCLI):
             )
         return loggers
 
-    def _checkpoints(self) -> list[ModelCheckpoint]:
+    def _checkpoints(self, others: list[Any]) -> list[ModelCheckpoint]:
         """The best by validation, where there is one, and the last; a run that is interrupted leaves its last too.
 
         Not where weights are cut over the processes: they do not stop at the same moment, so none can gather the rest.
+        None beside a ModelCheckpoint among the ``others``, which are set.
         """
+        if any(isinstance(callback, ModelCheckpoint) for callback in others):
+            if self.run.checkpoint_every_n_steps is not None:
+                raise ValueError(
+                    "run.checkpoint_every_n_steps is without effect where trainer.callbacks holds a ModelCheckpoint of "
+                    "your own: set every_n_train_steps there"
+                )
+            return []
         folder = Path(self.run.dir) / "checkpoints"
         strategy = self._get(self.config_init, "trainer").get("strategy")
         cut = strategy == FullyShardedStrategy.NAME or isinstance(strategy, FullyShardedStrategy)
@@ -227,6 +244,12 @@ class B3CLI(LightningCLI):
         self._record: RunRecord | None = None
         try:
             super()._run_subcommand(subcommand)
+        except SystemExit as end:  # Lightning's, after Ctrl-C or SIGTERM
+            if self.trainer.is_global_zero:
+                tell_interrupted(subcommand, Path(self.run.dir))
+                if isinstance(end, SIGTERMException):
+                    raise SystemExit(128 + signal.SIGTERM) from end  # it is 0: what waits for the run would go on
+            raise
         finally:
             if self._record is not None:
                 self._record.end(trained=self._trained())
@@ -242,6 +265,7 @@ class B3CLI(LightningCLI):
         given = self._get(self.config, "ckpt_path")
         self.config_init["fit"]["ckpt_path"] = where_to_begin(Path(self.run.dir), self.parser_dump(), given)
         self._get(self.config_init, "remine").check(self.datamodule)
+        check_monitors(self.trainer, validates=self.datamodule.sources["val"] is not None)
         self.datamodule.setup("fit")
         if self._record is not None:
             tell_idle(self.datamodule, self._get(self.config_init, "remine"))
@@ -252,11 +276,17 @@ class B3CLI(LightningCLI):
         check_folder(output)
         if (output / "plan.json").exists():
             raise ValueError(f"output={output} holds another plan; name a new folder")
-        self.datamodule.load("train")
+        self._before_looking()
 
     def before_plan(self) -> None:
         check_folder(Path(self._get(self.config, "output") or self.run.dir))
+        self._before_looking()
+
+    def _before_looking(self) -> None:
         self.datamodule.load("train")
+        untrained = self.datamodule.teacher == "student" and isinstance(self.model.source, SmallEmbedder)
+        if self.trainer.is_global_zero and untrained:
+            tell_weights(None, self.model.source, Path(self.run.dir), can_load=False)
 
     def before_validate(self) -> None:
         given = self._get(self.config, "ckpt_path")
@@ -287,7 +317,7 @@ class B3CLI(LightningCLI):
         if self.trainer.is_global_zero:
             output = self._get(self.config, "output")
             said = f"plan and report: {output}  (report.html)\ntrain on it: --data.plan={shlex.quote(str(output))}"
-            Console().print(said, markup=False, soft_wrap=True)
+            open_console().print(said, markup=False, soft_wrap=True)
 
 
 def _listed(given: Any) -> list[Any]:
@@ -343,7 +373,7 @@ def run_lightning(args: list[str] | None) -> None:
                 "formatter_class": _Help,
                 "description": DESCRIPTION,
                 "epilog": EPILOG,
-                **{name: dict(mode) for name in cli.subcommands()},
+                **{name: {**mode, "description": TRAINER_COMMANDS[name]} for name in cli.subcommands()},
             },
             args=args,
         )

@@ -21,6 +21,7 @@ from b3_lightning.data.pairs import TeacherPrompts
 from b3_lightning.mining import MinedPlan, MiningSettings
 from b3_lightning.model.embedder import LoadSettings, LoraSettings, SmallEmbedder
 from b3_lightning.options import COMMAND, as_known, nearest
+from b3_lightning.reports.compare import SHOWN
 from b3_lightning.types import ChunkSettings
 
 log = logging.getLogger(__name__)
@@ -136,13 +137,37 @@ def check_devices(accelerator: Any, devices: Any) -> None:
         raise ValueError(f"trainer.devices={devices}, but torch sees {n_seen} GPUs: set --trainer.devices={n_seen}")
 
 
-def tell_weights(ckpt_path: str | None, embedder: str | SmallEmbedder, run: Path) -> None:
-    """Say which weights are evaluated: untrained ones by mistake would pass for a run that has learned nothing.
+def check_monitors(trainer: L.Trainer, *, validates: bool) -> None:
+    """Refuse callbacks that wait for a figure of the validation that is not there, such as EarlyStopping.
+
+    Args:
+        validates: whether there are validation pairs.
+
+    Raises:
+        ValueError: naming the figures.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        name = getattr(callback, "monitor", None)
+        if isinstance(name, str) and name.startswith("val/") and not (validates and name in SHOWN):
+            there = f"there are {', '.join(SHOWN)}" if validates else "without data.val_pairs there is none"
+            raise ValueError(f"{type(callback).__name__} monitors {name}: {there}")
+
+
+def tell_interrupted(subcommand: str, run: Path) -> None:
+    """Say how a run goes on that Ctrl-C or SIGTERM ended."""
+    last = run / "checkpoints" / "last.ckpt"
+    if subcommand == "fit" and last.is_file():
+        log.warning("ended by a signal: --ckpt_path=%s goes on from there", last)
+
+
+def tell_weights(ckpt_path: str | None, embedder: str | SmallEmbedder, run: Path, *, can_load: bool = True) -> None:
+    """Say which weights are used: untrained ones by mistake would pass for a run that has learned nothing.
 
     Args:
         ckpt_path: whose weights take the place of the embedder's, if any.
         embedder: as set.
-        run: the folder of the run, whose checkpoints are named where none was given.
+        run: the folder of the run, whose checkpoints or export are named where none was given.
+        can_load: whether the command takes a checkpoint.
     """
     if ckpt_path is not None:
         log.info("weights: those of the checkpoint %s", ckpt_path)
@@ -151,8 +176,10 @@ def tell_weights(ckpt_path: str | None, embedder: str | SmallEmbedder, run: Path
     else:
         what = f"model.embedder={embedder} as loaded" if isinstance(embedder, str) else "random, of a small embedder"
         kept = sorted((run / "checkpoints").glob("*.ckpt"))  # the best comes before the last
-        trained = kept[0] if kept else "RUN/checkpoints/FILE.ckpt"
-        log.warning("weights: %s, which no run has trained; those of a run: --ckpt_path=%s", what, trained)
+        trained = f"--ckpt_path={kept[0] if kept else 'RUN/checkpoints/FILE.ckpt'}"
+        if not can_load:
+            trained = f"--model.embedder={run / 'export' if is_export(run / 'export') else 'RUN/export'}"
+        log.warning("weights: %s, which no run has trained; those of a run: %s", what, trained)
 
 
 def tell_idle(data: PairsDataModule, remine: Remine) -> None:

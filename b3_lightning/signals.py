@@ -1,4 +1,4 @@
-"""How a process ends on SIGTERM while it does work whose files are its checkpoints: at once."""
+"""How processes end: at once on SIGTERM, where files are their checkpoints; with, or by, the one that started them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -63,6 +64,34 @@ def ends_at_once(message: str, *, others: Sequence[int] = (), tells: bool = True
         if watcher is not None:
             watcher.kill()
             watcher.wait()
+
+
+def end_with_parent() -> None:
+    """Let this process end within a second or so of the one that started it, whatever it waits for."""
+    threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _watch_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(128 + signal.SIGTERM)
+
+
+def end_by_parent_alone(worker: int) -> None:
+    """Spare a process that loads data a SIGTERM that its whole group gets: the one that it loads for ends it in time.
+
+    Args:
+        worker: its number; torch calls this as ``worker_init_fn``.
+    """
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_heed_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _heed_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:

@@ -8,10 +8,10 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.strategies import DDPStrategy, Strategy
-from rich.console import Console
 from torch.distributed.constants import default_pg_timeout
 
 from b3_lightning.callbacks import MiningReport
+from b3_lightning.console import open_console
 from b3_lightning.data import PairsDataModule
 from b3_lightning.mining import PATIENCE, MinedPlan
 from b3_lightning.mining.whatif import Questions
@@ -83,16 +83,15 @@ class B3Trainer(L.Trainer):
         with datamodule.ending_at_once(), processes.failing_together():
             answers = datamodule.what_if(questions)
             if answers is not None:
-                tell_what_if(Console(), answers, datamodule.batch_size, folder)
+                tell_what_if(open_console(), answers, datamodule.batch_size, folder)
             processes.barrier()
 
     def _mine(self, model: ContrastiveModule, datamodule: PairsDataModule, output: str) -> MinedPlan | None:
         self._prepare(model, datamodule)
         processes = datamodule.processes()
         with datamodule.ending_at_once(), processes.failing_together():
-            mined = datamodule.mine()
+            mined = datamodule.mine(Path(output))
             if mined is not None:
-                mined.save(output)
                 for callback in self.callbacks:  # type: ignore[attr-defined]
                     if isinstance(callback, MiningReport):
                         callback.write(mined, datamodule, Path(output), f"Mined plan: {Path(output).name}")

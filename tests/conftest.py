@@ -28,6 +28,8 @@ from b3_lightning.cli import main
 # the same cases every time: whether a change passes is no matter of luck (--hypothesis-profile=default draws others)
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile("same")
+# readline, which pytest imports, leaves it to the processes that run the tests: no terminal is of that width
+os.environ.pop("COLUMNS", None)
 
 COLORS = ("red", "green", "blue", "black", "orange", "purple", "brown", "teal")
 SHAPES = ("circle", "square", "bar", "cross")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import os
 import re
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
-from b3_lightning.cli import TRAINER_COMMANDS, main
+from b3_lightning.cli import main
 from b3_lightning.lightning_cli import B3CLI
+from b3_lightning.verbs import TRAINER_COMMANDS, VERBS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "b3_lightning"
@@ -24,6 +26,7 @@ LAYERS = (
     "lazy",
     "types",
     "progress",
+    "console",
     "options",
     "signals",
     "mining",
@@ -113,6 +116,17 @@ def test_commands_that_read_tables_do_not_wait_for_a_trainer(verb: str) -> None:
 
 def test_the_commands_of_the_trainer_are_those_that_lightning_adds() -> None:
     assert list(B3CLI.subcommands()) == list(TRAINER_COMMANDS)
+
+
+def test_the_help_says_in_80_columns_what_every_command_does() -> None:
+    environment = {**os.environ, "COLUMNS": "80"}
+    command = [sys.executable, "-m", "b3_lightning"]
+    listed = subprocess.check_output([*command, "--help"], text=True, env=environment)
+    assert max(map(len, listed.splitlines())) <= 80
+    for does in (*TRAINER_COMMANDS.values(), *VERBS.values()):
+        assert does in " ".join(listed.split())
+    one = subprocess.check_output([*command, "test", "--help"], text=True, env=environment)
+    assert TRAINER_COMMANDS["test"] in one
 
 
 CONFIGS = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs" / "ablations").glob("*.yaml")])

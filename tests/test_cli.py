@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -113,9 +114,33 @@ def test_ctrl_c_leaves_a_checkpoint(tmp_path: Path, shapes: Path) -> None:
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert "Traceback" not in output
+    assert "ended by a signal: --ckpt_path=run/checkpoints/last.ckpt goes on from there" in output
     checkpoints = list((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
     assert checkpoints, output
     assert all("state_dict" in torch.load(path, weights_only=True) for path in checkpoints)
+
+
+def test_a_run_says_what_is_trained_and_that_nothing_was_validated(
+    fit: Run, models: dict[str, str], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("--trainer.max_steps=1", "--data.batches=random", "--remine.enabled=false")
+    caplog.set_level("INFO", "b3_lightning")
+    fit("text-text", *settings, f"--model.embedder={models['bert']}", "--model.lora={r: 2, target_modules: [query]}")
+    told = re.search(r"model: ([\d,]+) weights, ([\d,]+) of them trained", caplog.text)
+    assert told is not None
+    n_weights, n_trained = told.groups()
+    assert 0 < int(n_trained.replace(",", "")) < int(n_weights.replace(",", "")) / 4
+    assert "ended before its first validation" in capsys.readouterr().out
+    for limit in ("--trainer.limit_val_batches=0", "--data.val_pairs=null"):
+        fit("text-text", *settings, f"--model.embedder={models['bert']}", limit, name=limit[-6:])
+        assert "first validation" not in capsys.readouterr().out
+
+
+def test_a_run_without_checkpoints_exports_its_last_weights(fit: Run, models: dict[str, str]) -> None:
+    settings = ("--trainer.max_steps=1", "--data.batches=random", f"--model.embedder={models['bert']}")
+    run = fit("text-text", *settings, "--trainer.enable_checkpointing=false")
+    assert not list(run.rglob("*.ckpt"))
+    assert (run / "export" / "modules.json").is_file()
 
 
 def test_two_processes_train_on_one_plan(tmp_path: Path, shapes: Path) -> None:

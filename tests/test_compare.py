@@ -22,6 +22,7 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from b3_lightning import MiningSettings, mine
 from b3_lightning.cli import main
 from b3_lightning.evaluation.bootstrap import PairedDifference, paired_bootstrap
 from b3_lightning.model.metrics import RetrievalMetrics
@@ -184,6 +185,27 @@ def test_a_run_that_has_not_validated_yet_is_left_out_by_name(
     assert "points above one/run" in said
     with pytest.raises(SystemExit, match=r"holds no val/mrr: it has not validated yet, or has no data.val_pairs"):
         main(["compare", str(going)])
+
+
+def test_a_metric_that_all_runs_hold_is_named(tmp_path: Path) -> None:
+    runs = [str(_run(tmp_path / name, {"step": [1], "val/mrr": [0.5]}, {})) for name in ("a", "b")]
+    with pytest.raises(SystemExit, match=r"no run holds val/ndcg@10; all hold val/mrr: --metric=val/mrr"):
+        main(["compare", *runs, "--metric=val/ndcg@10"])
+
+
+def test_what_the_plans_were_mined_with_that_runs_were_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator, runs = torch.Generator().manual_seed(0), []
+    for n_ranks in (4, 6):
+        plan = tmp_path / f"plan-{n_ranks}"
+        vectors = (torch.randn(20, 8, generator=generator) for _ in range(2))
+        mine(*vectors, settings=MiningSettings(first_rank=1, n_ranks=n_ranks, cluster_size=4)).save(plan)
+        config = {"data": {"plan": str(plan)}}
+        runs.append(str(_run(tmp_path / f"run-{n_ranks}", {"step": [1], "val/mrr": [0.5]}, config)))
+    differing = Comparison.of(load_runs(runs), "val/mrr").differing
+    assert differing["n_ranks of data.plan"] == ["4", "6"]
+    assert set(differing) == {"data.plan", "n_ranks of data.plan"}
 
 
 def test_what_a_full_disk_or_a_kill_cut_off_is_left_out(tmp_path: Path) -> None:

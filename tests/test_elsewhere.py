@@ -85,7 +85,26 @@ def test_hard_negatives_of_a_plan_are_written_where_asked(tmp_path: Path, capsys
     assert list(zip(written["negative_1"], written["negative_2"], strict=True)) == list(map(tuple, expected))
     n_lacking = sum(other is None for row in expected for other in row)
     assert 0 < n_lacking < 2 * N_ROWS
-    assert f"{n_lacking} hard negatives are lacking, and null" in capsys.readouterr().out
+    assert (
+        f"{n_lacking} hard negatives are lacking, and null; sentence-transformers' trainer takes none"
+        in capsys.readouterr().out
+    )
+    main([*command, *paths, "--negatives", "--fill", "--column", f"--output={tmp_path / 'full.parquet'}"])
+    assert "are lacking" not in capsys.readouterr().out
+    full = pq.read_table(tmp_path / "full.parquet").to_pydict()
+    cluster = {f"t{row}": number for row, number in enumerate(mined.clusters.cluster_of_row().tolist())}
+    for row, others in enumerate(expected):
+        filled = [full[name][row] for name in ("negative_1", "negative_2")]
+        there = [other for other in others if other is not None]
+        assert [other for other in filled if other in there] == (there * 2)[:2]
+        assert there or {cluster[other] for other in filled} == {cluster[f"t{row}"]}
+        assert f"t{row}" not in filled
+    with pytest.raises(SystemExit, match="--fill is of hard negatives: give --negatives too"):
+        main([*command, *paths, "--fill", f"--output={tmp_path / 'no.parquet'}"])
+    empty = [pq.read_table(path) for path in paths]
+    for path, part in zip(paths, empty, strict=True):
+        pq.write_table(part.append_column("pos_image_path", pa.array([""] * len(part))), path)
+    main([*command, *paths, "--negatives", f"--output={tmp_path / 'empty.parquet'}"])  # no targets are pictures
     with pytest.raises(
         SystemExit, match=r"the files have \[30, 40\] rows, in this order; the plan's tasks are {'a': 40"
     ):
@@ -107,6 +126,8 @@ def test_mistakes_with_batches(plan: MinedPlan, tmp_path: Path, output: str, mor
 
 
 def test_other_pairs_and_taken_names_are_refused(plan: MinedPlan) -> None:
+    with pytest.raises(ValueError, match="epoch=-1 must not be negative"):
+        add_batch_column(Dataset.from_dict({"qry": ["x"] * N_ROWS}), plan, batch_size=16, epoch=-1)
     with pytest.raises(ValueError, match="mined from 70 rows, the training pairs have 3"):
         add_batch_column(Dataset.from_dict({"qry": ["a", "b", "c"]}), plan, batch_size=16)
     whole = Dataset.from_dict({"qry": ["q"] * N_ROWS})
@@ -154,7 +175,7 @@ def test_triplets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kinds = pq.read_table(tmp_path / "found.parquet")["wrong"].to_pylist()
     assert kinds == sorted(kinds, reverse=True), "what is wrong comes first"
     said = capsys.readouterr().out
-    assert "6 rows (counted from 0), 6 negatives, 0 batches" in said
+    assert "6 rows (counted from 0 in this file), 6 negatives, 0 batches" in said
     assert "qry = anchor" in said
 
 
@@ -302,11 +323,16 @@ def test_a_batch_counts_all_its_rows(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.usefixtures("plan")
 def test_our_own_batches_are_not_called_duplicates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _batches(tmp_path, "out.parquet", "--epochs=2")
+    assert "in place of what was there" not in capsys.readouterr().out
     _batches(tmp_path, "out.parquet", "--epochs=3")
+    assert "out.parquet (in place of what was there)" in capsys.readouterr().out
     np.save(tmp_path / "vectors.npy", np.random.default_rng(0).normal(size=(2, N_ROWS, 16)))
     np.save(tmp_path / "short.npy", np.random.default_rng(0).normal(size=(2, 9, 16)))
     main(["audit", str(tmp_path / "out.parquet")])
-    assert "nothing found" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "nothing found" in said
+    assert "counted from 0 in this file; its column row names those of the pairs that were mined" in said
     main(["audit", str(tmp_path / "out.parquet"), f"--vectors={tmp_path / 'vectors.npy'}"])
     assert "suspected_false_negative" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="vectors of 9 rows, and the column 'row' names row"):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -32,7 +34,7 @@ from b3_lightning.evaluation.encode import EvalModel
 from b3_lightning.evaluation.mmeb import read_mmeb
 from b3_lightning.evaluation.results import Results
 from b3_lightning.evaluation.retrieval import read_retrieval
-from b3_lightning.evaluation.scoring import OwnCandidates, SharedCandidates
+from b3_lightning.evaluation.scoring import OwnCandidates, ScoredPairs, SharedCandidates
 from b3_lightning.evaluation.sets import ReadSettings
 from b3_lightning.evaluation.sts import read_sts
 from b3_lightning.evaluation.suites import SUITES
@@ -179,17 +181,8 @@ def test_captions_and_images_are_ranked_both_ways(data: Path) -> None:
 
 
 def test_pages_are_read_from_the_hubs_layout(data: Path, tmp_path: Path) -> None:
-    """Pictures in the file are written once; relevance is graded; an unknown page is refused."""
-    pictures = [(data / "images" / "a" / f"{index}.png").read_bytes() for index in range(3)]
-    folder = tmp_path / "ViDoRe_x"
-    files: dict[str, dict[str, Any]] = {
-        "corpus": {"corpus-id": [7, 8, 9], "image": [{"bytes": content, "path": "p.png"} for content in pictures]},
-        "queries": {"query-id": ["a", "b"], "query": ["which year", "how much"]},
-        "qrels": {"query-id": ["a", "a", "b"], "corpus-id": [8, 9, 7], "score": [2, 1, 1]},
-    }
-    for name, columns in files.items():
-        (folder / name).mkdir(parents=True)
-        pq.write_table(pa.table(columns), folder / name / "test-00000-of-00001.parquet")
+    """Pictures in the file are written once; relevance is graded."""
+    pictures = _write_pages(data, tmp_path)
     assert SUITES["visdoc"].choose(ReadSettings(tmp_path), None) == ["ViDoRe_x"]
     for _ in range(2):
         read = read_visdoc("ViDoRe_x", ReadSettings(tmp_path))
@@ -203,20 +196,96 @@ def test_pages_are_read_from_the_hubs_layout(data: Path, tmp_path: Path) -> None
     assert columns["ndcg_linear@5"].shape == (2,)
     own = read_visdoc("ViDoRe_x", ReadSettings(tmp_path, prompts=False, query_prompt="Q ", target_prompt="T"))
     assert {item.text for item in own.items} == {"Q which year", "Q how much", "T"}
-    bad = pa.table({**files["qrels"], "corpus-id": [8, 9, 6]})
-    pq.write_table(bad, folder / "qrels" / "test-00000-of-00001.parquet")
-    with pytest.raises(ValueError, match="page 6 in row 2, not both known"):
+
+
+def _write_pages(data: Path, root: Path, **other: dict[str, list[Any]]) -> list[bytes]:
+    """A set of documents with columns in place of its own, and its pictures."""
+    pictures = [(data / "images" / "a" / f"{index}.png").read_bytes() for index in range(3)]
+    files: dict[str, dict[str, Any]] = {
+        "corpus": {"corpus-id": [7, 8, 9], "image": [{"bytes": content, "path": "p.png"} for content in pictures]},
+        "queries": {"query-id": ["a", "b"], "query": ["which year", "how much"]},
+        "qrels": {"query-id": ["a", "a", "b"], "corpus-id": [8, 9, 7], "score": [2, 1, 1]},
+    }
+    for name, columns in files.items():
+        folder = root / "ViDoRe_x" / name
+        folder.mkdir(parents=True)
+        pq.write_table(pa.table(columns | other.get(name, {})), folder / "test-00000-of-00001.parquet")
+    return pictures
+
+
+@pytest.mark.parametrize(
+    ("part", "columns", "message"),
+    [
+        ("qrels", {"corpus-id": [8, 9, 6]}, r"qrels\S+: row 2 names page 6, which corpus has not"),
+        ("qrels", {"query-id": ["a", "c", "b"]}, r"qrels\S+: row 1 names query 'c', which queries has not"),
+        ("qrels", {"score": [1.0, None, 1.0]}, "the score None of row 1 is no number"),
+        ("qrels", {"score": [1.0, 1.0, math.inf]}, "the score inf of row 2 is no number"),
+        ("qrels", {"corpus-id": [8, 8, 7]}, "rows 0 and 1 are both of query 'a' and page 8"),
+        ("qrels", {"score": [0, 0, 1]}, r"no page is right for the query in row\(s\) 0"),
+        ("queries", {"query-id": ["a", "a"]}, r"every query-id must be there once; not so in row\(s\) 0, 1"),
+        ("queries", {"query": ["which year", " "]}, r"a query needs text; not so in row\(s\) 1"),
+        ("queries", {"query": [1, 2]}, r"a query needs text; not so in row\(s\) 0, 1"),
+        ("corpus", {"corpus-id": [7, 8, 8]}, r"every corpus-id must be there once; not so in row\(s\) 1, 2"),
+        ("corpus", {"image": ["", "x", "y"]}, "the image of row 0 is neither a path nor a picture"),
+        ("corpus", {"image": [{"bytes": b"", "path": "absent.png"}] * 3}, "absent.png: missing"),
+    ],
+)
+def test_documents_that_would_be_scored_wrongly_are_refused(
+    part: str, columns: dict[str, list[Any]], message: str, data: Path, tmp_path: Path
+) -> None:
+    _write_pages(data, tmp_path, **{part: columns})
+    with pytest.raises(ValueError, match=message):
         read_visdoc("ViDoRe_x", ReadSettings(tmp_path))
+
+
+def test_a_set_of_documents_that_lacks_a_part_is_told_beside_those_that_have_it(data: Path, tmp_path: Path) -> None:
+    _write_pages(data, tmp_path)
+    (tmp_path / "ViDoRe_y" / "queries").mkdir(parents=True)
+    shutil.copy(*(tmp_path / f"ViDoRe_{name}/queries/test-00000-of-00001.parquet" for name in "xy"))
+    with pytest.raises(FileNotFoundError, match=r"no set 'ViDoRe_y/corpus' in .*; the folder has ViDoRe_x"):
+        read_visdoc("ViDoRe_y", ReadSettings(tmp_path))
+
+
+@pytest.mark.parametrize("columns", [{"image": [1, 2]}, {"captions": [[3], [4]]}, {"captions": [5, 6]}])
+def test_captions_and_images_that_are_no_text_are_refused(columns: dict[str, list[Any]], tmp_path: Path) -> None:
+    table = {"image": ["0.png", "1.png"], "captions": [["a"], ["b"]]} | columns
+    pq.write_table(pa.table(table), tmp_path / "Flickr30K.parquet")
+    with pytest.raises(ValueError, match=r"captions with text are needed; not so in row\(s\) 0, 1"):
+        read_retrieval("Flickr30K", ReadSettings(tmp_path))
 
 
 def test_sentences_need_scores_that_differ(data: Path, tmp_path: Path) -> None:
     assert len(read_sts("STSb", ReadSettings(data)).items) == 24
-    for name, scores, message in (("STS12", [1.0, 1.0], "every score is 1.0"), ("STS13", [1.0, None], r"row\(s\) 1")):
+    for name, scores, message in (
+        ("STS12", [1.0, 1.0], "every score is 1.0"),
+        ("STS13", [1.0, None], r"row\(s\) 1"),
+        ("STS14", [1.0, math.inf], r"row\(s\) 1"),
+    ):
         pq.write_table(
             pa.table({"sentence1": ["a", "b"], "sentence2": ["c", "d"], "score": scores}), tmp_path / f"{name}.parquet"
         )
         with pytest.raises(ValueError, match=message):
             read_sts(name, ReadSettings(tmp_path))
+
+
+def test_sentences_have_one_prompt_and_equal_ones_tie(data: Path) -> None:
+    with pytest.raises(ValueError, match="one prompt for all sentences: --query_prompt"):
+        read_sts("STSb", ReadSettings(data, target_prompt="t: "))
+    vectors = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
+    own = ScoredPairs(range(40), range(40), [float(row) for row in range(40)])
+    assert set(own.columns(vectors)["cosine"].tolist()) == {1.0}
+
+
+def test_what_is_no_set_of_the_suite_is_named(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "b3_lightning")
+    shutil.copy(data / "STSb.csv", tmp_path / "STSb.csv")
+    shutil.copy(data / "STSb.csv", tmp_path / "sts_12.csv")
+    (tmp_path / "images").mkdir()
+    assert SUITES["sts"].choose(ReadSettings(tmp_path), None) == ["STSb"]
+    assert "no sets of sts, not scored: sts_12 (its sets: STS12, " in caplog.text
+    caplog.clear()
+    assert SUITES["sts"].choose(ReadSettings(tmp_path), ["STSb"]) == ["STSb"]
+    assert not caplog.text
 
 
 @pytest.fixture(scope="module")

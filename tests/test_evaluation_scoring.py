@@ -18,6 +18,7 @@ from b3_lightning.evaluation.published import MMEB, RETRIEVAL, STS
 from b3_lightning.evaluation.results import Results, SetResult, TaskResult
 from b3_lightning.evaluation.scoring import METRICS, OwnCandidates, ScoredPairs, SharedCandidates, check_vectors
 from b3_lightning.evaluation.suites import SUITES
+from b3_lightning.reports.evaluation import task_sheet
 
 AXES = torch.eye(4)
 
@@ -150,6 +151,15 @@ def test_correlations_are_compared_too() -> None:
     found = compare(good, bad)[0]["all"]
     assert found.value == pytest.approx(good.means()["all"].value - bad.means()["all"].value)
     assert 0 < found.low < found.value < found.high
+
+
+def test_ties_are_told_of_hit_at_1_alone() -> None:
+    figures = {"ndcg_linear@5": 0.41, "hit@1": 0.37, "hit@1_strict": 0.37}
+    for metric, shown in (("hit@1", True), ("ndcg_linear@5", False)):
+        task = TaskResult(metric, figures, {metric: [1.0, 0.0]})
+        sheet = task_sheet(Results(SUITES["visdoc"], "a model", {}, [SetResult("x", "", "rows", 1, {}, {"x": task})]))
+        assert ("ties lose" in sheet.header) == shown
+        assert sheet.title == "visdoc: every task"
 
 
 @pytest.mark.parametrize(

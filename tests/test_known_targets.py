@@ -130,3 +130,18 @@ def test_a_batch_names_the_right_answers_that_other_rows_hold(tmp_path: Path) ->
         [False, True, True],
         [False, False, True],
     ]
+
+
+def test_a_right_answer_among_the_hard_negatives_of_a_file_is_no_negative(tmp_path: Path) -> None:
+    """q0 has the answers A and B, and a row of it names B, of which no other query knows, as its hard negative."""
+    table = {"qry": ["q0", "q0", "q1"], "pos_text": ["A", "B", "C"], "neg_text": ["B", "D", "A"]}
+    pq.write_table(pa.table(table), tmp_path / "pairs.parquet")
+    split = Split.read(str(tmp_path / "pairs.parquet"), tmp_path, "decode", n_negatives=1)
+    collate = PairCollator(split, tmp_path, lambda texts: {"texts": texts}, n_file_negatives=1)
+    batch = collate([0, 2])
+    assert same_key(Rows.of(batch), Rows.of_negatives(batch), batch["known_BM"]).tolist() == [
+        [True, True],  # B and, of q1's row, A
+        [False, False],
+    ]
+    without = Split.read(str(tmp_path / "pairs.parquet"), tmp_path, "decode", n_negatives=0)
+    assert not without.known

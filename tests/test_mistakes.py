@@ -171,6 +171,28 @@ data:
             ["--trainer.val_check_interval=500"],
             "trainer.val_check_interval=500 is more than the 2 batches of an epoch: set it to at most 2, or .*=null",
         ),
+        (["--trainer.strategy=foo"], "the trainer cannot be made as it is set: .*invalid strategy"),
+        (["--trainer.barebones=true"], "the trainer cannot be made as it is set: .*barebones=True"),
+        (
+            ["--trainer.precision=16-true"],
+            "16-true: AdamW's epsilon is 0 .*Set --trainer.precision=bf16-true",
+        ),
+        (["--trainer.max_epochs=0"], "trainer.max_epochs=0: that leaves nothing to train on; raise the limit"),
+        (
+            ["--trainer.limit_train_batches=0.1"],
+            "trainer.limit_train_batches=0.1 of 2 batches: that leaves nothing to train on; raise the limit",
+        ),
+        (
+            ["--trainer.callbacks={class_path: EarlyStopping, init_args: {monitor: val/acc}}"],
+            "EarlyStopping monitors val/acc: without data.val_pairs there is none",
+        ),
+        (
+            [
+                "--trainer.callbacks={class_path: EarlyStopping, init_args: {monitor: val/acc}}",
+                "--data.val_pairs=pairs.csv",
+            ],
+            "EarlyStopping monitors val/acc: there are val/hit@1, .*val/mrr",
+        ),
         (["--data.val_pairs=[]"], "no pairs file was given: name one, or leave the setting out"),
         (["--data.mining.per-task.OK-VQA.first_rank=0"], "per_task names unknown tasks .'OK-VQA'."),
     ],

@@ -51,10 +51,32 @@ def test_mtebs_runner_on_a_local_task(
     model = load_embedder(models["bert"], LoadSettings(), None)
     first, second = (model.encode(rows[name], normalize_embeddings=True) for name in ("sentence1", "sentence2"))
     expected = spearmanr((first * second).sum(axis=1), rows["score"]).statistic
-    found = json.loads((tmp_path / "scores.json").read_text())
+    (path,) = tmp_path.glob("*/scores.json")
+    found = json.loads(path.read_text())
     assert found["scores"] == {"LocalSTS": pytest.approx(expected, abs=1e-6)}
-    assert f"{100 * expected:.2f}" in capsys.readouterr().out
-    assert list((tmp_path / f"model-{found['model_sha256'][:16]}").rglob("LocalSTS.json"))
+    said = capsys.readouterr().out
+    assert f"{100 * expected:.2f}" in said
+    assert f"scores  {path}" in said
+    assert path.parent.name == f"model-{found['model_sha256'][:16]}"
+    assert list(path.parent.rglob("LocalSTS.json"))
+
+
+def test_mistakes_with_mteb(models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mteb = pytest.importorskip("mteb")
+    monkeypatch.setattr("b3_lightning.verbs.mteb.named_tasks", lambda names: names)
+    command = ["mteb", "--model", models["bert"], "--tasks", "NFCorpus", "--device", "cpu", "--output"]
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="file is a file, so nothing can be written into"):
+        main([*command, str(tmp_path / "file")])
+    with pytest.raises(SystemExit, match="--batch_size 0 must be above 0"):
+        main([*command, str(tmp_path / "out"), "--batch_size=0"])
+
+    def refuse(*given: Any, **about: Any) -> None:
+        raise ConnectionError("Couldn't reach the hub")
+
+    monkeypatch.setattr(mteb, "evaluate", refuse)
+    with pytest.raises(SystemExit, match=r"mteb cannot get the data .Couldn't reach the hub.: it needs a network"):
+        main([*command, str(tmp_path / "out")])
 
 
 def test_without_mteb_the_verb_says_what_brings_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def test_in_a_browser(written: tuple[MinedPlan, Path], tmp_path: Path) -> None:
         assert all("large" in text and "red" in text and "circle" in text for text in shown)
         assert browser.ask("document.querySelector('mark').textContent") == "large"
         row, card = cards[5]["rows"][0][0], cards[5]["id"]
-        for words in (f"#{row}", f"Cluster {card}", f"#{row} cluster {card}"):
+        for words in (f"#{row}", f"Row  {row}", f"Cluster  {card}", f"#{row} cluster {card}"):
             browser.ask(f"(document.getElementById('search').value = '{words}', update())")
             assert browser.ask(
                 "[...document.querySelectorAll('h3')].map(title => title.textContent.split(' ')[1])"

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from conftest import Run
 
+from b3_lightning import cli
 from b3_lightning.cli import main
 from b3_lightning.data import miner
 from b3_lightning.mining import MinedPlan, mine
@@ -70,6 +71,39 @@ def _started(*command: str, cwd: Path | None = None) -> Iterator[subprocess.Pope
         process.communicate()
 
 
+CHILD = """
+import subprocess, sys, threading
+from b3_lightning.signals import end_with_parent
+if sys.argv[1] == "parent":
+    subprocess.Popen([sys.executable, "-c", sys.argv[2], "child", ""])
+else:
+    end_with_parent()
+    print("ready", flush=True)
+threading.Event().wait()
+"""
+"""A process and another that it starts, which both wait for ever."""
+
+LOADS = """
+import signal, time
+from torch.utils.data import DataLoader
+from b3_lightning.signals import end_by_parent_alone
+signal.signal(signal.SIGTERM, lambda number, frame: None)  # as Lightning, which only takes a note
+class Slow(list):
+    def __getitem__(self, row):
+        time.sleep(0.2)
+        return row
+loader = DataLoader(Slow(range(12)), num_workers=2, prefetch_factor=1, worker_init_fn=end_by_parent_alone)
+for batch in loader:
+    print(int(batch), flush=True)
+iterator = iter(loader)
+next(iterator)
+for worker in iterator._workers:
+    worker.terminate()
+    worker.join(20)
+    print(worker.exitcode, flush=True)
+"""
+
+
 @contextmanager
 def _noted() -> Iterator[list[int]]:
     """SIGTERM is only taken a note of, as Lightning does it."""
@@ -101,6 +135,30 @@ def test_the_first_process_of_a_container_ends_too() -> None:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_a_process_ends_with_the_one_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with _started("-c", CHILD, "parent", CHILD) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=30)  # until all that held its output are gone
+    called: list[str] = []
+    monkeypatch.setattr(cli, "end_with_parent", lambda: called.append(os.environ["LOCAL_RANK"]))
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit):
+            main(["no-such-command"])
+    assert called == ["1"]
+
+
+def test_who_loads_data_is_spared_the_signal_of_its_group_and_ends_by_that_of_its_parent() -> None:
+    with _started("-c", LOADS) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "0\n"
+        os.killpg(process.pid, signal.SIGTERM)
+        output, errors = process.communicate(timeout=60)
+    assert (output.split(), errors) == ([*map(str, range(1, 12)), "0", "0"], "")
 
 
 def test_after_the_block_signals_are_as_before_and_nothing_is_said(capfd: pytest.CaptureFixture[str]) -> None:

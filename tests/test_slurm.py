@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -54,15 +55,21 @@ def _ends_after(step: int, asked: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_job_that_is_queued_again_goes_on_to_the_same_losses(
-    fit: Run, models: dict[str, str], asked: Path, monkeypatch: pytest.MonkeyPatch
+    fit: Run,
+    models: dict[str, str],
+    asked: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     settings = (f"--model.embedder={models['bert']}", "--data.batches=random", "--trainer.log_every_n_steps=1",
                 "--data.val_pairs=null")  # fmt: skip
     whole = losses(fit("text-text", *settings, name="whole"))
     with monkeypatch.context() as patch:
         _ends_after(8, asked, patch)
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as ended:
             fit("text-text", *settings)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert re.search(r"ended by a signal: --ckpt_path=\S+/checkpoints/last.ckpt goes on from there", caplog.text)
     assert asked.read_text() == "requeue 71\n"
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with pytest.raises(SystemExit, match="holds another run"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from rich.console import Console
 from sentence_transformers import SentenceTransformer
 
 from b3_lightning import MiningSettings, mine
@@ -24,7 +26,7 @@ from b3_lightning.data.splits import Split
 from b3_lightning.data.teacher import Encoding
 from b3_lightning.mining.hardness import TEMPERATURE
 from b3_lightning.mining.whatif import Figure, Questions, TaskAnswer, equal_random, what_if
-from b3_lightning.reports.whatif import advice
+from b3_lightning.reports.whatif import _page, _table, advice
 from b3_lightning.types import Embeddings
 
 SETTINGS = MiningSettings(first_rank=1, n_ranks=8, cluster_size=4)
@@ -154,7 +156,7 @@ def test_advice_prefers_hard_batches_that_are_not_full_of_suspects() -> None:
         Figure(64, 5, 5, 0.1, 5, 100, 16, 0.3, 4000.0),  # harder, and a quarter of the batch
         Figure(128, 4, 4, 0.1, 5, 100, 8, 0.3, 2000.0),
     ]
-    answer = TaskAnswer("t", 5000, 5000, False, 0.1, 23, (0.25, 0.1), random, mined)
+    answer = TaskAnswer("t", 5000, 5000, False, 0.1, 23, (0.25, 0.1), {}, random, mined)
     lines = advice(answer, 64)
     assert lines[0] == (
         "advised: cluster_size 8, first_rank 5 and n_ranks 100. Mined batches of 64 are then as hard as random ones of "
@@ -166,9 +168,9 @@ def test_advice_prefers_hard_batches_that_are_not_full_of_suspects() -> None:
     assert "would begin at 23, where" in lines[-1]
     part = replace(answer, n_rows=20_000)
     assert "would begin at 23 of the sample (about 92 of all rows), where" in advice(part, 64)[-1]
-    assert "careful: 90%" in advice(TaskAnswer("t", 5000, 5000, False, 0.1, 0, (), random, mined[2:3]), 64)[1]
-    large = advice(TaskAnswer("t", 5000, 5000, False, 0.1, 0, (), random, [replace(mined[3], as_random=40.0)]), 64)
-    assert large[0].endswith("Mined batches of 64 are then no harder than random ones")
+    assert "careful: 90%" in advice(TaskAnswer("t", 5000, 5000, False, 0.1, 0, (), {}, random, mined[2:3]), 64)[1]
+    large = advice(TaskAnswer("t", 5000, 5000, False, 0.1, 0, (), {}, random, [replace(mined[3], as_random=40.0)]), 64)
+    assert large[0].endswith("Mined batches of 64 are then as hard as random ones of about 40")
     assert large[1].startswith("careful: clusters of 16 are more than an eighth of |B| = 64")
     assert "nothing to advise" in advice(answer, 48)[0]
     assert not any("mined batches of 1,024" in line or "instead of random batches of 16" in line for line in lines)
@@ -177,11 +179,24 @@ def test_advice_prefers_hard_batches_that_are_not_full_of_suspects() -> None:
     assert not any("own target first" in line for line in lines)
 
 
+def _shown(answer: TaskAnswer) -> str:
+    console = Console(record=True, width=120, file=io.StringIO())
+    console.print(_table(answer, 64))
+    return console.export_text() + _page([answer], 64)
+
+
 def test_what_is_easier_than_random_batches_is_not_called_as_hard() -> None:
     random = [Figure(64, 1.0, 0.5, 0.5, as_random=64)]
     easy, hard = Figure(64, 0.2, 0.2, 0.1, 5, 100, 8, 0.3, 16.0), Figure(64, 0.9, 0.6, 0.4, 2, 100, 8, 0.3, 80.0)
-    answer = TaskAnswer("t", 5000, 5000, False, 0.1, 0, (), random, [easy])
-    assert advice(answer, 64)[0].endswith("Mined batches of 64 are then easier than random ones")
+    answer = TaskAnswer("t", 5000, 5000, False, 0.1, 0, (), {}, random, [easy])
+    assert advice(answer, 64) == [
+        "nothing is advised: mined batches of 64 are no harder than random ones here, with no setting asked about; "
+        "easier with cluster_size 8, first_rank 5 and n_ranks 100"
+    ]
+    assert "(advised)" not in _shown(answer)
+    assert "(advised)" in _shown(replace(answer, mined=[easy, hard]))
+    filtered = replace(answer, mined=[hard], filters={"max_relative_score": 0.95})
+    assert "n_ranks 100, max_relative_score 0.95 as set. Mined" in advice(filtered, 64)[0]
     # random batches have more suspects than the limit: what has no more than they may be advised
     assert "first_rank 2" in advice(replace(answer, mined=[easy, hard]), 64)[0]
 

@@ -69,6 +69,8 @@ def check_epochs(plan: BatchPlan, trainer: Any) -> None:
             f"an epoch offers fewer rows of any task than data.batch_size={plan.batch_size}, by the weights "
             "of data.train_pairs: raise the weights, or lower data.batch_size"
         )
+    if trainer is not None:
+        _check_limits(n_batches, trainer)
     if trainer is not None and trainer.accumulate_grad_batches < 1:
         raise ValueError(f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be at least 1")
     every = None if trainer is None else trainer.val_check_interval
@@ -79,6 +81,15 @@ def check_epochs(plan: BatchPlan, trainer: Any) -> None:
                 f"trainer.val_check_interval={every} is more than the {n_trained} batches of an epoch: set it to at "
                 f"most {n_trained}, or --trainer.check_val_every_n_epoch=null, which counts batches on over epochs"
             )
+
+
+def _check_limits(n_batches: int, trainer: Any) -> None:
+    """Refuse limits that leave nothing to train on."""
+    nothing = [f"trainer.{name}=0" for name in ("max_epochs", "max_steps") if getattr(trainer, name) == 0]
+    if limited(n_batches, trainer.limit_train_batches) == 0:
+        nothing.append(f"trainer.limit_train_batches={trainer.limit_train_batches} of {n_batches} batches")
+    if nothing:
+        raise ValueError(f"{' and '.join(nothing)}: that leaves nothing to train on; raise the limit")
 
 
 def _check_reloading(trainer: Any) -> None:

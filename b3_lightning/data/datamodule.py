@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from b3_lightning.data.vectors import VECTOR_SUFFIXES, check_vectors
 from b3_lightning.mining import BatchPlan, HandOver, MinedPlan, MiningSettings, Processes
 from b3_lightning.mining.store import sha256
 from b3_lightning.mining.whatif import Questions, TaskAnswer
+from b3_lightning.signals import end_by_parent_alone
 
 log = logging.getLogger(__name__)
 
@@ -250,6 +251,7 @@ class PairsDataModule(L.LightningDataModule):
             "pin_memory": has_gpu if self.pin_memory is None else self.pin_memory,
             # a generator of its own: to begin an epoch must not draw from the one that dropout draws from
             "generator": torch.Generator().manual_seed(self.seed),
+            "worker_init_fn": end_by_parent_alone,
         }
 
     def _trainer(self) -> L.Trainer:
@@ -290,9 +292,13 @@ class PairsDataModule(L.LightningDataModule):
         for tell in self.after_mining:
             tell(before, plan.mined, epoch, plan.seconds)
 
-    def mine(self) -> MinedPlan | None:
-        """Mine the training pairs with the teacher; all processes share the work, the first returns the plan."""
-        return self._miner().mine(MiningRequest("teacher"))
+    def mine(self, folder: Path) -> MinedPlan | None:
+        """Mine the training pairs with the teacher into a folder; all processes share the work, the first has the plan.
+
+        A killed one goes on from what lies in the cache or, of a student, in the folder.
+        """
+        miner = replace(self._miner(), student_cache=folder / "unfinished")
+        return miner.mine_into(folder, MiningRequest("teacher"))
 
     def what_if(self, questions: Questions) -> list[TaskAnswer] | None:
         """Simulate batches of the training pairs from the teacher's vectors; the first process has the answer."""

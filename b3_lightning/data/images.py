@@ -32,8 +32,20 @@ def load_image(path: str, image_root: Path, *, at_least: int | None = None) -> I
     It is turned as its EXIF orientation says, as sentence-transformers turns what it is given.
 
     With ``at_least``, a JPEG may come smaller, by a power of 2, with sides of at least so many pixels: much faster.
+
+    Raises:
+        ValueError: where it is broken, as one may be whose header alone was checked.
     """
-    with Image.open(resolve(path, image_root)) as image:
+    try:
+        return _decode(resolve(path, image_root), at_least)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"the image {path} under {image_root} cannot be decoded ({error}); image_check: decode finds all such first"
+        ) from error
+
+
+def _decode(path: Path, at_least: int | None) -> Image.Image:
+    with Image.open(path) as image:
         if at_least is not None:
             image.draft("RGB", (at_least, at_least))
         ImageOps.exif_transpose(image, in_place=True)

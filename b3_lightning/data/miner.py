@@ -25,7 +25,6 @@ from b3_lightning.data.teacher import (
 from b3_lightning.data.vectors import VECTOR_SUFFIXES, check_vectors
 from b3_lightning.mining import MinedPlan, MiningSettings, Processes, Stages, fingerprint, help_mine, mine
 from b3_lightning.mining.plan import LITTLE_OF_THE_WAY
-from b3_lightning.mining.settings import SCORE_FILTERS
 from b3_lightning.mining.store import sha256
 from b3_lightning.mining.whatif import Questions, TaskAnswer, what_if
 from b3_lightning.progress import StageProgress
@@ -62,6 +61,8 @@ class NewPlan(NamedTuple):
 
 _LEAST_FOUND = 0.01
 """Of the queries, whose own target leads; the weakest teacher that was of use found 6% (docs/results.md, wordnet)."""
+
+_MANY_FILLERS = 0.01
 
 
 def processes_of(trainer: L.Trainer) -> Processes:
@@ -115,19 +116,23 @@ class PairMiner:
             if key == in_use:
                 log.info("neither weights nor settings changed, so the plan in use stays")
                 return None
-            mined = self.mine(request)
-            if mined is not None:
-                mined.save(folder)
-            self.processes.barrier()
-            if mined is not None:
-                shutil.rmtree(self.student_cache, ignore_errors=True)  # its vectors serve one plan only
+            self.mine_into(folder, request)
             about = {"key": key, "folder": folder.name, "plan_sha256": sha256(folder / "plan.json")}
             mined = MinedPlan.load(folder)
             self.processes.barrier()
         return NewPlan(mined, about, time.perf_counter() - start)
 
-    def mine(self, request: MiningRequest) -> MinedPlan | None:
-        """Embed the pairs and mine them; all processes share the work, the first returns the plan."""
+    def mine_into(self, folder: Path, request: MiningRequest) -> MinedPlan | None:
+        """Mine and write the plan; all processes share the work, the first returns the plan."""
+        mined = self._mine(request)
+        if mined is not None:
+            mined.save(folder)
+        self.processes.barrier()
+        if mined is not None:
+            shutil.rmtree(self.student_cache, ignore_errors=True)  # its vectors serve one plan only
+        return mined
+
+    def _mine(self, request: MiningRequest) -> MinedPlan | None:
         trainer = self.trainer
         stages = Stages(self.cache if self._weights(request) == {"teacher"} else self.student_cache, self.processes)
         enabled = trainer.progress_bar_callback is not None and trainer.is_global_zero
@@ -266,11 +271,12 @@ def _tell(mined: MinedPlan) -> None:
         little = f"easier than random ones (hardness {hardness['mined']:.2f} against {hardness['random_masked']:.2f})"
     else:
         little = f"{way:.0%} of the way from random ones to the hardest possible, so little harder than random ones"
+    share = summary["n_fillers"] / summary["n_rows"]
+    why = f"; {share:.0%} of the rows have nothing hard in their cluster" if share >= _MANY_FILLERS else ""
     log.warning(
-        "The batches are %s; %.0f%% of the rows have nothing hard in their cluster. %s; where a student mines, it may "
-        "be too weak yet: raise remine.start_epoch",
+        "The batches are %s%s. %s; where a student mines, it may be too weak yet: raise remine.start_epoch",
         little,
-        100 * summary["n_fillers"] / summary["n_rows"],
+        why,
         _how_to_harden(mined),
     )
 
@@ -278,9 +284,10 @@ def _tell(mined: MinedPlan) -> None:
 def _how_to_harden(mined: MinedPlan) -> str:
     """What to set, for batches that are hardly hard: score filters may leave nothing of the window."""
     own = [mined.settings.of_task(name) for name in mined.task_names]
-    filters = sorted({name for settings in own for name in SCORE_FILTERS if getattr(settings, name) is not None})
+    filters = sorted({name for settings in own for name in settings.score_filters})
     if not filters:
-        return "Raise data.mining.n_ranks or set data.mining.edges=either"
+        widen = " or set data.mining.edges=either" if any(settings.edges != "either" for settings in own) else ""
+        return f"Raise data.mining.n_ranks{widen}"
     n_ranks = torch.tensor([mined.ranks[name].n_ranks for name in mined.task_names])[mined.task_N]
     left = float(mined.window.hard_NW.sum(dim=1).double().mean())
     return (

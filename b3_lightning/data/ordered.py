@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,12 +49,16 @@ def read_sources(paths: Sequence[str]) -> tuple[pa.Table, list[int]]:
         ) from error
 
 
-def with_negatives(mined: MinedPlan, table: pa.Table, path: str = "the pairs") -> tuple[pa.Table, int]:
+def with_negatives(
+    mined: MinedPlan, table: pa.Table, path: str = "the pairs", *, fill: bool = False
+) -> tuple[pa.Table, int]:
     """Put the plan's hard negatives into columns ``negative_1``, ``negative_2``, ...: targets of other rows.
 
     Args:
         table: the pairs that were mined, in their order.
         path: of their file, for messages.
+        fill: in place of those that a row lacks take its others again or, where it has none, targets of its cluster,
+            which stand in its batches anyway.
 
     Returns:
         The table, and how many negatives the rows lack, which are null.
@@ -65,15 +70,34 @@ def with_negatives(mined: MinedPlan, table: pa.Table, path: str = "the pairs") -
     columns = columns_of(path, table.column_names, {}, ["pos_text", "pos_image_path"])
     if mined.negative_NH.shape[1] == 0:
         raise ValueError("the plan has no hard negatives: mine with data.mining.n_negatives of 1 or more")
+    columns = {ours: name for ours, name in columns.items() if ours == "pos_text" or any(table[name].to_pylist())}
     if set(columns) != {"pos_text"}:
         raise ValueError(f"{path} has targets in {list(columns.values())}; hard negatives are written of texts alone")
     names = [f"negative_{number + 1}" for number in range(mined.negative_NH.shape[1])]
     _refuse_taken(table, names)
     target = table[columns["pos_text"]]
-    for name, row_N in zip(names, mined.negative_NH.unbind(1), strict=True):
+    negative_NH = _filled(mined, target.to_pylist()) if fill else mined.negative_NH
+    for name, row_N in zip(names, negative_NH.unbind(1), strict=True):
         lacking_N = (row_N == PADDING).numpy()
         table = table.append_column(name, target.take(pa.array(row_N.clamp(min=0).numpy(), mask=lacking_N)))
-    return table, int((mined.negative_NH == PADDING).sum())
+    return table, int((negative_NH == PADDING).sum())
+
+
+def _filled(mined: MinedPlan, targets: Sequence[str]) -> Tensor:
+    """(N, H) the plan's hard negatives, lacking only where the whole cluster of a row has its target."""
+    negative_NH = mined.negative_NH.clone()
+    cluster_of_row = mined.clusters.cluster_of_row().tolist()
+    rows_of_cluster: dict[int, list[int]] = {}
+    for row, cluster in enumerate(cluster_of_row):
+        rows_of_cluster.setdefault(cluster, []).append(row)
+    for row in (negative_NH == PADDING).any(dim=1).nonzero().flatten().tolist():
+        own_H = negative_NH[row]
+        spare = own_H[own_H != PADDING].tolist()
+        spare = spare or [other for other in rows_of_cluster[cluster_of_row[row]] if targets[other] != targets[row]]
+        lacking = (own_H == PADDING).nonzero().flatten().tolist()
+        for place, other in zip(lacking, itertools.cycle(spare), strict=False):
+            own_H[place] = other
+    return negative_NH
 
 
 def check_files(mined: MinedPlan, sizes: Sequence[int]) -> None:
@@ -143,9 +167,11 @@ def add_batch_column(dataset: Any, plan: MinedPlan, *, batch_size: int, epoch: i
     """Add the columns ``batch`` (of an epoch, -1 for none) and ``cluster`` to the ``datasets.Dataset`` that was mined.
 
     Raises:
-        ValueError: where the dataset has other rows than the plan, or such a column already, or where a row stands in
-            two batches of the epoch, since the one before left it over.
+        ValueError: where the dataset has other rows than the plan, or such a column already, where a row stands in two
+            batches of the epoch, since the one before left it over, or there is no such epoch.
     """
+    if epoch < 0:
+        raise ValueError(f"epoch={epoch} must not be negative")
     batches = _checked(plan, dataset, ADDED, batch_size, seed)
     batch_N = _batch_of_row(batches, epoch, len(dataset))
     added = dataset.add_column("batch", batch_N.tolist())

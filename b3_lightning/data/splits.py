@@ -92,9 +92,10 @@ class Split:
 
     @cached_property
     def known(self) -> KnownTargets:
-        """Right answers of the rows that stand in other rows of their task."""
+        """Right answers of the rows that stand in other rows of their task, or among the files' hard negatives."""
         query_N = within_tasks(self.keys["query"], task_codes(self.pairs))
-        return KnownTargets([self.keys["target"], query_N, self.keys["group"]])
+        negatives = torch.tensor([key for keys in self.negative_keys for key in keys], dtype=torch.int64)
+        return KnownTargets([self.keys["target"], query_N, self.keys["group"]], elsewhere=negatives)
 
     @cached_property
     def fingerprint(self) -> str:

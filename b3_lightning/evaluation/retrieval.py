@@ -28,13 +28,13 @@ def read_retrieval(name: str, settings: ReadSettings) -> EvalSet:
     """
     columns, where = read_files(settings.data, name, ("image", "captions"))
     images = columns["image"]
-    captions = [[listed] if isinstance(listed, str) else listed or [] for listed in columns["captions"]]
+    captions = [listed if isinstance(listed, list) else [listed] for listed in columns["captions"]]
     lacking = [
         row for row, image in enumerate(images)
-        if not image or not captions[row] or not all(text and text.strip() for text in captions[row])
+        if not all(isinstance(text, str) and text.strip() for text in [image, *captions[row]]) or not captions[row]
     ]  # fmt: skip
     if lacking:
-        raise ValueError(f"{where}: an image and captions with text are needed; not so in {name_rows(lacking)}")
+        raise ValueError(f"{where}: an image path and captions with text are needed; not so in {name_rows(lacking)}")
     tasks, items = {}, []
     flat = [(row, text.strip()) for row, listed in enumerate(captions) for text in listed]
     for way in ("t2i", "i2t"):

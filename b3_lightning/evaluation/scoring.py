@@ -172,5 +172,7 @@ class ScoredPairs:
 
     def columns(self, vector_UD: Tensor) -> Columns:
         double_UD = torch.nn.functional.normalize(vector_UD.double(), dim=1)
-        cosine_Q = (double_UD[torch.as_tensor(self.first_Q)] * double_UD[torch.as_tensor(self.second_Q)]).sum(dim=1)
+        first_Q, second_Q = torch.as_tensor(self.first_Q), torch.as_tensor(self.second_Q)
+        cosine_Q = (double_UD[first_Q] * double_UD[second_Q]).sum(dim=1)
+        cosine_Q[first_Q == second_Q] = 1.0  # equal sentences tie, which rounding would not let them
         return {"cosine": cosine_Q.numpy(), "score": np.asarray(self.score_Q, dtype=np.float64)}

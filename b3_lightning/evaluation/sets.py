@@ -125,8 +125,11 @@ def discover(data: Path, known: Sequence[str] = (), probe: str = "{}") -> list[s
     return [name for name in names if find_files(data, probe.format(name))]
 
 
-def read_files(data: Path, name: str, columns: Sequence[str]) -> tuple[dict[str, list[Any]], str]:
+def read_files(data: Path, name: str, columns: Sequence[str], probe: str = "{}") -> tuple[dict[str, list[Any]], str]:
     """The columns of a set, and where they were read.
+
+    Args:
+        probe: of the sets that the folder is said to have, where it lacks this one.
 
     Raises:
         FileNotFoundError: where the set is not there.
@@ -136,7 +139,7 @@ def read_files(data: Path, name: str, columns: Sequence[str]) -> tuple[dict[str,
     if not paths:
         raise FileNotFoundError(
             f"no set {name!r} in {data}: neither {name}/test-*.parquet nor {name}.parquet (nor .jsonl, .csv); "
-            f"the folder has {', '.join(discover(data)) or 'none'}"
+            f"the folder has {', '.join(discover(data, probe=probe)) or 'none'}"
         )
     where = str(paths[0] if len(paths) == 1 else paths[0].parent)
     table = tables.read_files(paths, columns, typed=True)

@@ -6,6 +6,8 @@ A set is ``NAME.parquet``, .jsonl or .csv (or ``NAME/test-*.parquet``) with the 
 
 from __future__ import annotations
 
+import math
+
 from b3_lightning.data.pairs import Item
 from b3_lightning.evaluation.scoring import ScoredPairs
 from b3_lightning.evaluation.sets import EvalSet, ItemTable, ReadSettings, read_files
@@ -22,15 +24,17 @@ def read_sts(name: str, settings: ReadSettings) -> EvalSet:
 
     Raises:
         FileNotFoundError: where the set is not there.
-        ValueError: where a sentence or a score is missing, or fewer than two scores differ.
+        ValueError: where a sentence or a score is missing, fewer than two scores differ, or a prompt of targets is set.
     """
+    if settings.target_prompt:
+        raise ValueError("sts has no queries and targets, and one prompt for all sentences: --query_prompt")
     columns, where = read_files(settings.data, name, COLUMNS)
     first, second, score = (columns[column] for column in COLUMNS)
     bad = [
         row for row in range(len(score))
         if not all(isinstance(side[row], str) and side[row].strip() for side in (first, second))
         or not isinstance(score[row], int | float)
-        or score[row] != score[row]
+        or not math.isfinite(score[row])
     ]  # fmt: skip
     if bad:
         raise ValueError(f"{where}: two sentences and a number are needed; not so in {name_rows(bad)}")

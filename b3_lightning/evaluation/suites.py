@@ -6,7 +6,8 @@ A new suite is a reader that makes an ``EvalSet`` of a name, and an entry here; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from b3_lightning.data.mmeb import METAS, TASKS
@@ -16,6 +17,8 @@ from b3_lightning.evaluation.retrieval import read_retrieval
 from b3_lightning.evaluation.sets import EvalSet, ReadSettings, discover
 from b3_lightning.evaluation.sts import STS_NAMES, read_sts
 from b3_lightning.evaluation.visdoc import read_visdoc
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,19 @@ class Suite:
                 f"{settings.data} has no {' '.join(absent) or f'set of {self.name}'}: looked for {looked}; "
                 f"it has {', '.join(found) or 'none'}{names}"
             )
+        if not wanted:
+            self._tell_others(settings)
         return list(dict.fromkeys(wanted)) if wanted else found
+
+    def _tell_others(self, settings: ReadSettings) -> None:
+        """Name what looks like a set there and is none of the suite's, such as one of a misspelt name."""
+        others = [name for name in discover(settings.data, (), self.probe) if self.sets and name not in self.sets]
+        if others:
+            log.info("no sets of %s, not scored: %s (its sets: %s)", self.name, _few(others), _few(self.sets))
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join([*names[:12], *(["..."] if len(names) > 12 else [])])
 
 
 def _mmeb_groups() -> dict[str, tuple[str, ...]]:

@@ -28,20 +28,28 @@ def named_tasks(names: Sequence[str]) -> list[Any]:
     return [known[name] for name in names]
 
 
-def run_mteb(model: EvalModel, tasks: Sequence[Any], output: Path, *, batch_size: int) -> dict[str, float]:
-    """Main score of each task, in shares of 1.
+def folder_of(model: EvalModel, output: Path) -> Path:
+    """Where a model's files lie under ``output``: mteb goes by names, and those of two exports are alike."""
+    return output / f"model-{model.fingerprint[:16]}"
 
-    mteb keeps its result files in a folder of the model's fingerprint under ``output`` (it goes by names, and those of
-    two exports are alike), so that a finished task is not run again for the same weights, and is for others.
+
+def run_mteb(model: EvalModel, tasks: Sequence[Any], output: Path, *, batch_size: int) -> dict[str, float]:
+    """Main score of each task, in shares of 1; mteb runs none again that is finished for the same weights.
+
+    Raises:
+        ValueError: where mteb is not installed or cannot get the data.
     """
     _need_mteb()
     import mteb
 
-    cache = mteb.ResultCache(output / f"model-{model.fingerprint[:16]}")
+    cache = mteb.ResultCache(folder_of(model, output))
     encoding: Any = {"batch_size": batch_size, "show_progress_bar": False}
-    result = mteb.evaluate(
-        model.embedder, list(tasks), cache=cache, encode_kwargs=encoding, co2_tracker=False, show_progress_bar=False
-    )
+    try:
+        result = mteb.evaluate(
+            model.embedder, list(tasks), cache=cache, encode_kwargs=encoding, co2_tracker=False, show_progress_bar=False
+        )
+    except ConnectionError as error:
+        raise ValueError(f"mteb cannot get the data ({error}): it needs a network, or the data in its cache") from error
     return {one.task_name: float(one.get_score()) for one in result.task_results}
 
 

@@ -85,10 +85,12 @@ class KnownTargets:
 
     Args:
         keys: (N,) each, not negative but for -1, none: of the targets first, then what makes rows alike.
+        elsewhere: keys of targets that stand outside the rows too, such as hard negatives of the files, which no key of
+            a query tells.
     """
 
-    def __init__(self, keys: Sequence[Tensor]) -> None:
-        tables = [_Table.of(key_N, keys[0]) for key_N in keys[1:]]
+    def __init__(self, keys: Sequence[Tensor], elsewhere: Tensor | None = None) -> None:
+        tables = [_Table.of(key_N, keys[0], elsewhere) for key_N in keys[1:]]
         self._tables = [table for table in tables if table is not None]
 
     def __bool__(self) -> bool:
@@ -123,8 +125,8 @@ class _Table:
     target_P: Tensor
 
     @classmethod
-    def of(cls, key_N: Tensor, target_N: Tensor) -> _Table | None:
-        """Targets of rows with equal keys, where these have several and some other row holds one; None without any."""
+    def of(cls, key_N: Tensor, target_N: Tensor, elsewhere: Tensor | None = None) -> _Table | None:
+        """Targets of rows with equal keys, where these have several and one is held elsewhere; None without any."""
         if len(key_N) == 0:
             return None
         has_N, n_targets = key_N != PADDING, int(target_N.max()) + 1
@@ -132,6 +134,8 @@ class _Table:
         key_P, target_P = pair_P // n_targets, pair_P % n_targets
         n_holders_T = torch.bincount(target_P, minlength=n_targets)
         n_holders_T += torch.bincount(target_N[~has_N], minlength=n_targets)
+        if elsewhere is not None:
+            n_holders_T += torch.bincount(elsewhere[elsewhere < n_targets], minlength=n_targets)
         _, query_P, n_targets_G = key_P.unique_consecutive(return_inverse=True, return_counts=True)
         kept_P = (n_holders_T[target_P] > 1) & (n_targets_G[query_P] > 1)
         if not kept_P.any():

@@ -122,7 +122,7 @@ class BatchPlan:
 def check_batch_size(batch_size: int, cluster_size: int) -> None:
     """Refuse a batch that is not made of whole clusters."""
     if batch_size < 1 or batch_size % cluster_size:
-        below = batch_size - batch_size % cluster_size
+        below = max(0, batch_size - batch_size % cluster_size)
         near = " or ".join(str(size) for size in (below, below + cluster_size) if size > 0)
         raise ValueError(f"batch_size={batch_size} must be a multiple of cluster_size={cluster_size}; nearest: {near}")
 

@@ -16,7 +16,7 @@ Ranked = Literal["auto", "rows", "labels"]
 NegativesOf = Literal["cluster", "row"]
 AUTO = "auto"
 MAX_LEVEL = 500
-SCORE_FILTERS = ("max_relative_score", "min_margin", "max_score", "min_score")
+_SCORE_FILTERS = ("max_relative_score", "min_margin", "max_score", "min_score")
 
 _OF_THE_WHOLE_PLAN = (
     "cluster_size", "n_negatives", "neighbors", "min_recall", "backend", "graph_gpus", "seed",
@@ -172,6 +172,11 @@ class MiningSettings:
         if unknown:
             raise ValueError(f"per_task.{task} sets {', '.join(unknown)}; a task can have its own {', '.join(allowed)}")
         return replace(self, per_task={}, **own)
+
+    @property
+    def score_filters(self) -> dict[str, float]:
+        """Those of the window's filters by score that are set."""
+        return {name: value for name in _SCORE_FILTERS if (value := getattr(self, name)) is not None}
 
     @property
     def n_random_negatives(self) -> int:

@@ -11,7 +11,7 @@ Shapes: N = rows, A = sampled rows of a batch, B = rows of a batch, M = batches.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -89,7 +89,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class TaskAnswer:
-    """What was found for a task. ``beaten``: the share of queries for which another target leads."""
+    """What was found for a task.
+
+    ``beaten``: the share of queries for which another target leads; ``filters``: by score, which all windows have.
+    """
 
     name: str
     n_rows: int
@@ -98,6 +101,7 @@ class TaskAnswer:
     beaten: float
     auto_first_rank: int
     suspicious: Sequence[float]
+    filters: Mapping[str, float] = field(default_factory=dict)
     random: list[Figure] = field(default_factory=list)
     mined: list[Figure] = field(default_factory=list)
 
@@ -173,6 +177,7 @@ def _answer(task: Task, search: Search, questions: Questions) -> TaskAnswer:
         float(beaten_N.double().mean()),
         estimate.first_rank,
         estimate.suspicious,
+        settings.score_filters,
     )
     judge = _Judge(sample, reliable=answer.reliable, seed=settings.seed)
     answer.random.extend(_random_figures(judge, questions))

@@ -6,6 +6,7 @@ scored against (positives of all processes, then their hard negatives), D = dime
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
@@ -51,6 +52,8 @@ from b3_lightning.model.sharding import (
     whole_weights,
 )
 from b3_lightning.types import ChunkSettings
+
+log = logging.getLogger(__name__)
 
 
 class ContrastiveModule(L.LightningModule):
@@ -182,6 +185,8 @@ class ContrastiveModule(L.LightningModule):
         return F.normalize(vector_PD[order_P].to(torch.promote_types(vector_PD.dtype, torch.float32)), dim=1)
 
     def on_train_start(self) -> None:
+        n_weights, n_trained = (sum(p.numel() for p in found) for found in (self.parameters(), self._trained()))
+        log.info("model: %s weights, %s of them trained", f"{n_weights:,}", f"{n_trained:,}")
         if self.chunks is not None:
             model: Any = self.trainer.strategy.model
             if isinstance(model, DistributedDataParallel):
@@ -305,7 +310,7 @@ class ContrastiveModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         check_trained(self.embedder, str(self.trainer.precision))
         self.optim.check_end(self.trainer.max_epochs, self.trainer.max_steps)
-        self.optim.check_clippable(self.trainer.precision_plugin, self.trainer.gradient_clip_val)
+        self.optim.check_precision(self.trainer.precision_plugin, self.trainer.gradient_clip_val)
         optimizer = self.optim.make(self.embedder, self.temperature)
         total_steps = self._total_steps or self.trainer.datamodule.total_steps()  # type: ignore[attr-defined]
         self._total_steps = None  # of this fit alone
@@ -363,6 +368,9 @@ class ContrastiveModule(L.LightningModule):
         if world_size() > 1:
             for buffer in self.buffers():
                 dist.broadcast(buffer, src=0)
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def _frozen(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if not parameter.requires_grad}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 from torch import nn
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class OptimSettings:
             return 1 - progress
         return 0.5 * (1 + math.cos(math.pi * progress)) if self.schedule == "cosine" else 1.0
 
-    def check_clippable(self, precision: Precision, clip: float | None) -> None:
+    def check_precision(self, precision: Precision, clip: float | None) -> None:
         """Refuse what Lightning would refuse at the first step, after hours of mining.
 
         Args:
@@ -59,8 +59,13 @@ class OptimSettings:
             clip: its ``gradient_clip_val``.
 
         Raises:
-            ValueError: for a fused step, mixed precision and clipped gradients together.
+            ValueError: for weights in float16; for a fused step, mixed precision and clipped gradients together.
         """
+        if isinstance(precision, HalfPrecision) and precision.precision == "16-true":
+            raise ValueError(
+                "trainer.precision=16-true: AdamW's epsilon is 0 in float16, so that weights are no numbers after two "
+                "steps, whatever the rate. Set --trainer.precision=bf16-true, or 16-mixed or bf16-mixed"
+            )
         if self.fused and clip and isinstance(precision, MixedPrecision):
             raise ValueError(
                 f"model.optim.fused=true with --trainer.precision={precision.precision} and gradients clipped at "

@@ -18,7 +18,8 @@ from b3_lightning.mining.store import write_atomic
 
 def print_audit(console: Console, found: Sequence[Finding], pairs: ForeignPairs, batches: str) -> None:
     """Print every kind of finding with the rows it concerns, wrong ones first, and an example of each."""
-    rows = f"{len(pairs):,} rows (counted from 0)"
+    mined = "; its column row names those of the pairs that were mined" if pairs.source_row is not None else ""
+    rows = f"{len(pairs):,} rows (counted from 0 in this file{mined})"
     about = f"{rows}, {pairs.n_negatives:,} negatives, {len(pairs.batches):,} batches{batches}"
     named = ", ".join(f"{ours} = {theirs}" if ours != theirs else ours for ours, theirs in pairs.columns.items())
     console.print(f"{about}\ncolumns: {named}", highlight=False, markup=False)

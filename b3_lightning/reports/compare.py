@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
+from b3_lightning.console import open_console
 from b3_lightning.evaluation.bootstrap import PairedDifference, paired_bootstrap
 from b3_lightning.model.ranks import query_metrics
 from b3_lightning.reports.runs import Run, load_runs, read_csv_run
@@ -52,8 +53,11 @@ class Comparison:
         Raises:
             ValueError: where none did.
         """
-        runs = [run for run in given if any(metric in row for row in run.rows)] or list(given)
+        runs = [run for run in given if metric in run.logged()] or list(given)
         left_out = [run.name for run in given if not any(run is other for other in runs)]
+        shared = sorted(name for name in set.intersection(*(run.logged() for run in runs)) if name.startswith("val/"))
+        if len(runs) > 1 and shared and metric not in shared:
+            raise ValueError(f"no run holds {metric}; all hold {', '.join(shared)}: --metric={shared[0]}")
         best = [run.best(metric) for run in runs]
         keys = sorted(set().union(*(run.config for run in runs)))
         values = {key: [str(run.config.get(key, "")) for run in runs] for key in keys}
@@ -117,7 +121,7 @@ def compare_runs(given: Sequence[str], *, metric: str = "val/mrr", output: str |
     """
     if output is not None and not output.endswith(".html"):
         raise ValueError(f"--output {output} must end in .html: it is one page with curves and tables")
-    console = Console()
+    console = open_console()
     compared = Comparison.of(load_runs(given), metric)
     if omission := compared.omission():
         console.print(omission, highlight=False, markup=False)

@@ -88,10 +88,10 @@ def task_sheet(results: Results) -> Sheet:
     for name, task in results.tasks().items():
         n_queries = len(next(iter(task.columns.values())))
         row = [name, *about.get(name, ()), str(n_queries), _percent(task.value)]
-        row += [_percent(task.figures["hit@1_strict"])] if strict else []
+        row += [_percent(task.figures["hit@1_strict"]) if task.metric == "hit@1" else ""] if strict else []
         rows.append(row + [_given(other.tasks.get(name)) for other in published])
     note = "ties lose: a query counts only where the right target beats every other one" if strict else ""
-    return Sheet(f"{results.suite.name}: every task, in percent", header, rows, 3 if about else 1, note)
+    return Sheet(f"{results.suite.name}: every task{_unit(results)}", header, rows, 3 if about else 1, note)
 
 
 def model_sheet(results: Results) -> Sheet | None:
@@ -117,7 +117,7 @@ def model_sheet(results: Results) -> Sheet | None:
     note = "Avg and its like: unweighted means over tasks" if groups else ""
     if partial:
         note += f"; * some tasks only, not comparable with the published: {', '.join(partial)}"
-    return Sheet(f"{results.suite.name}: {results.suite.figure}, in percent", header, rows, 2, note)
+    return Sheet(f"{results.suite.name}: {results.suite.figure}{_unit(results)}", header, rows, 2, note)
 
 
 def _own(results: Results, tasks: list[str], groups: list[str], figure: str | None) -> list[str]:
@@ -131,7 +131,8 @@ def _with_short_names(row: PublishedRow) -> PublishedRow:
 
 
 def _has_strict(results: Results) -> bool:
-    return any("hit@1_strict" in task.figures for task in results.tasks().values())
+    """Are ties told apart? Of other figures than hit@1 they are not."""
+    return any(task.metric == "hit@1" and "hit@1_strict" in task.figures for task in results.tasks().values())
 
 
 def difference_sheet(differences: dict[str, Difference], other: str, title: str) -> Sheet:
@@ -178,6 +179,10 @@ def log_to_wandb(results: Results, sheets: list[Sheet], folder: Path, mode: Wand
         )
     logger.experiment.finish()
     return f"offline; upload with: wandb sync {folder}/wandb/offline-run-*" if offline else "online"
+
+
+def _unit(results: Results) -> str:
+    return "" if "x 100" in results.suite.figure else ", in percent"
 
 
 def _percent(share: float) -> str:

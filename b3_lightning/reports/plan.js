@@ -121,15 +121,17 @@ const ORDERS = {
   id: (a, b) => a.id - b.id,
 };
 
-// "#7" and "cluster 7" name one row and one cluster, not 70 as well
+// "#7" or "row 7", and "cluster 7", name one row and one cluster, not 70 as well
 function holds(cluster, word) {
-  if (/^#\d+$/.test(word)) return cluster.rows.some((row) => `#${row[ID]}` === word);
+  const number = word.match(/^(?:#|row )(\d+)$/);
+  if (number) return cluster.rows.some((row) => String(row[ID]) === number[1]);
   const named = word.match(/^cluster (\d+)$/);
   return named ? cluster.id === Number(named[1]) : cluster.words.includes(word);
 }
 
 function update() {
-  words = control("search").value.toLowerCase().match(/cluster \d+(?!\S)|\S+/g) || [];
+  const asked = control("search").value.toLowerCase().replace(/\s+/g, " ");
+  words = asked.match(/(?:cluster|row) \d+(?!\S)|\S+/g) || [];
   const task = control("task") ? control("task").value : "";
   const why = control("why").value;
   found = data.clusters.filter((cluster) =>

@@ -296,7 +296,7 @@ def _explorer(mined: MinedPlan, cards: Cards, limits: CardLimits) -> str:
     tasks = f'<label>Task <select id="task"><option value="">all</option>{options}</select></label>'
     controls = (
         '<form id="controls" role="search"><label class="search">Search '
-        '<input id="search" type="search" placeholder="words, row or cluster number" autocomplete="off"></label>'
+        '<input id="search" type="search" placeholder="words, row 7 or cluster 7" autocomplete="off"></label>'
         '<label>Order <select id="order"><option value="suspects">most suspects</option>'
         '<option value="loose">least cohesive</option><option value="fillers">most fillers</option>'
         '<option value="id">cluster number</option></select></label>'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from b3_lightning.mining import MinedPlan
 from b3_lightning.reports.offline import is_number, read_offline_run
 
 WANDB = "wandb:"
@@ -41,6 +43,10 @@ class Run:
     ranks: Ranks | None = None
     url: str | None = None
 
+    def logged(self) -> set[str]:
+        """The names of all that it logged."""
+        return {name for row in self.rows for name in row}
+
     def best(self, metric: str) -> dict[str, float]:
         """The row with the highest value of a metric, the lowest of a loss.
 
@@ -49,7 +55,7 @@ class Run:
         """
         there = [row for row in self.rows if metric in row]
         if not there:
-            validated = sorted({name for row in self.rows for name in row if name.startswith("val/")})
+            validated = sorted(name for name in self.logged() if name.startswith("val/"))
             why = (
                 f"it has {', '.join(validated)}" if validated else "it has not validated yet, or has no data.val_pairs"
             )
@@ -146,7 +152,16 @@ def read_csv_run(folder: Path) -> Run:
     rows = _joined(read_csv_rows(part) for part in csv_parts(folder))
     path = folder / "config.yaml"
     config = _read_config(path) if path.is_file() else {}
-    return Run(folder.resolve().name, str(folder), flat(config), rows, read_ranks(folder))
+    return Run(folder.resolve().name, str(folder), flat(config) | _of_plan(config), rows, read_ranks(folder))
+
+
+def _of_plan(config: dict[str, Any]) -> dict[str, Any]:
+    """What the plan was mined with that a run was given, where that still is there: its own settings had no say."""
+    given = (config.get("data") or {}).get("plan")
+    if given is None or not Path(given).is_dir():
+        return {}
+    settings = dataclasses.asdict(MinedPlan.settings_of(given))
+    return {f"{name} of data.plan": value for name, value in flat(settings).items()}
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,43 +60,43 @@ def tell_what_if(console: Console, answers: Sequence[TaskAnswer], batch_size: in
     console.print(f"picture and all figures: {folder / 'what_if.html'}", highlight=False, markup=False)
 
 
-def _advised(answer: TaskAnswer, batch_size: int) -> Figure | None:
+def _best(answer: TaskAnswer, batch_size: int) -> Figure | None:
     return answer.best(batch_size, MOST_SUSPECTED, MOST_OF_BATCH)
+
+
+def _advised(answer: TaskAnswer, batch_size: int) -> Figure | None:
+    """The best, where it is harder than random batches."""
+    best = _best(answer, batch_size)
+    return best if best is not None and best.clean > _by_chance(answer, best) else None
+
+
+def _by_chance(answer: TaskAnswer, figure: Figure) -> float:
+    """Hardness of random batches of the same size."""
+    return next((one.clean for one in answer.random if one.batch_size == figure.batch_size), -math.inf)
 
 
 def advice(answer: TaskAnswer, batch_size: int) -> list[str]:
     """What the figures say about mining at this batch size, and about other batch sizes, a sentence each."""
-    best = _advised(answer, batch_size)
+    best = _best(answer, batch_size)
     if best is None:
         return [
             f"no cluster size asked about divides |B| = {batch_size}, or the task has fewer rows: nothing to advise"
         ]
-    alike = f"as hard as random ones of about {round(best.as_random):,}"
-    by_chance = next((random.clean for random in answer.random if random.batch_size == batch_size), best.clean)
-    if best.as_random <= batch_size:
-        alike = "easier than random ones" if best.clean < by_chance else "no harder than random ones"
+    if best is not _advised(answer, batch_size):
+        alike = "easier" if best.clean < _by_chance(answer, best) else "no harder"
+        return [
+            f"nothing is advised: mined batches of {batch_size} are no harder than random ones here, with no setting "
+            f"asked about; {alike} with {_setting(answer, best)}",
+            *_weak_teacher(answer),
+        ]
     all_rows = " (all rows)" if best.as_random >= answer.n_sampled else ""
-    lines = [f"advised: {_setting(answer, best)}. Mined batches of {batch_size} are then {alike}{all_rows}"]
-    if best.cluster_size > MOST_OF_BATCH * batch_size:
-        lines.append(
-            f"careful: clusters of {best.cluster_size} are more than an eighth of |B| = {batch_size}, and no smaller "
-            "ones were asked about"
-        )
-    if best.suspected > MOST_SUSPECTED:
-        lines.append(
-            f"careful: {best.suspected:.0%} of the rows have a suspected false negative in their batch, and no "
-            f"setting has fewer than {MOST_SUSPECTED:.0%}: begin windows later, or filter by score "
-            "(data.mining.max_relative_score)"
-        )
-    else:
-        lines.append(f"{best.suspected:.1%} of the rows have a suspected false negative in their batch")
-    if not answer.reliable:
-        lines.append(
-            f"careful: the teacher puts a query's own target first for only {1 - answer.beaten:.0%} of the queries, so "
-            "what it ranks high is no sure evidence: hardness says little here, and suspects are undercounted. Take a "
-            "better teacher (data.teacher) before long runs"
-        )
-    lines += _sizes(answer, best)
+    lines = [
+        f"advised: {_setting(answer, best)}. Mined batches of {batch_size} are then as hard as random ones of about "
+        f"{round(best.as_random):,}{all_rows}",
+        *_warnings(best),
+        *_weak_teacher(answer),
+        *_sizes(answer, best),
+    ]
     if best.as_random < 1.5 * batch_size:
         lines.append("mining buys little here: the clusters are hardly harder than chance")
     if answer.suspicious and answer.auto_first_rank > best.first_rank:
@@ -108,14 +109,45 @@ def advice(answer: TaskAnswer, batch_size: int) -> list[str]:
     return lines
 
 
+def _warnings(best: Figure) -> list[str]:
+    """What to know of the batches that are advised."""
+    lines = []
+    if best.cluster_size > MOST_OF_BATCH * best.batch_size:
+        lines.append(
+            f"careful: clusters of {best.cluster_size} are more than an eighth of |B| = {best.batch_size}, and no "
+            "smaller ones were asked about"
+        )
+    if best.suspected > MOST_SUSPECTED:
+        lines.append(
+            f"careful: {best.suspected:.0%} of the rows have a suspected false negative in their batch, and no "
+            f"setting has fewer than {MOST_SUSPECTED:.0%}: begin windows later, or filter by score "
+            "(data.mining.max_relative_score)"
+        )
+    else:
+        lines.append(f"{best.suspected:.1%} of the rows have a suspected false negative in their batch")
+    return lines
+
+
+def _weak_teacher(answer: TaskAnswer) -> list[str]:
+    if answer.reliable:
+        return []
+    return [
+        f"careful: the teacher puts a query's own target first for only {1 - answer.beaten:.0%} of the queries, so "
+        "what it ranks high is no sure evidence: hardness says little here, and suspects are undercounted. Take a "
+        "better teacher (data.teacher) before long runs"
+    ]
+
+
 def _setting(answer: TaskAnswer, figure: Figure) -> str:
+    filters = "".join(f", {name} {value:g} as set" for name, value in answer.filters.items())
     if answer.labels:
-        return f"cluster_size {figure.cluster_size}; few targets serve many rows, so labels are ranked"
+        return f"cluster_size {figure.cluster_size}{filters}; few targets serve many rows, so labels are ranked"
     sampled = ""
     if answer.sampled_frac < 1:
         first, n = (round(value / answer.sampled_frac) for value in (figure.first_rank, figure.n_ranks))
         sampled = f" of the sample, which is about first_rank {first} and n_ranks {n} of all rows"
-    return f"cluster_size {figure.cluster_size}, first_rank {figure.first_rank} and n_ranks {figure.n_ranks}{sampled}"
+    window = f"first_rank {figure.first_rank} and n_ranks {figure.n_ranks}{sampled}"
+    return f"cluster_size {figure.cluster_size}, {window}{filters}"
 
 
 def _sizes(answer: TaskAnswer, best: Figure) -> list[str]:

@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
+from b3_lightning.console import open_console
 from b3_lightning.data.audit import audit, suspect, uneven
 from b3_lightning.data.foreign import ForeignPairs, deal_batches, read_foreign
 from b3_lightning.data.tables import check_output
@@ -51,7 +51,7 @@ def run(given: argparse.Namespace) -> None:
         check_output(given.output, [given.file])
     pairs = read_foreign(given.file, dict(entry.split("=") for entry in given.columns))
     pairs, dealt = _with_batches(pairs, given)
-    console = Console()
+    console = open_console()
     found = audit(pairs) + ([] if dealt else uneven(pairs))
     if given.vectors is not None:
         vectors = _vectors(given.vectors, pairs)

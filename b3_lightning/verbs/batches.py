@@ -8,8 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
+from b3_lightning.console import open_console
 from b3_lightning.data.ordered import check_files, read_sources, with_negatives, write_ordered, write_with_column
 from b3_lightning.data.tables import check_output
 from b3_lightning.mining import MinedPlan
@@ -30,17 +29,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write the plan's hard negatives too: columns negative_1, negative_2, ...",
     )
+    parser.add_argument(
+        "--fill", action="store_true",
+        help="with --negatives: in place of lacking ones the row's others, or else targets of its cluster",
+    )  # fmt: skip
 
 
 def run(given: argparse.Namespace) -> None:
     if given.column and given.epochs != 1:
         raise ValueError(f"--column tells the batches of one epoch, not of --epochs={given.epochs}; leave one out")
+    if given.fill and not given.negatives:
+        raise ValueError("--fill is of hard negatives: give --negatives too")
     check_output(given.output, given.pairs, folder=True)
+    replaced = " (in place of what was there)" if given.output.exists() else ""
     mined, (table, sizes) = MinedPlan.load(given.plan), read_sources(given.pairs)
     check_files(mined, sizes)
     n_lacking = 0
     if given.negatives:
-        table, n_lacking = with_negatives(mined, table, ", ".join(given.pairs))
+        table, n_lacking = with_negatives(mined, table, ", ".join(given.pairs), fill=given.fill)
     about = {"batch_size": given.batch_size, "seed": given.seed}
     if given.column:
         written = write_with_column(mined, table, given.output, **about)
@@ -48,9 +54,9 @@ def run(given: argparse.Namespace) -> None:
     else:
         written = write_ordered(mined, table, given.output, n_epochs=given.epochs, **about)
         left = f"{written.n_carried} rows fill none in the last epoch and are not in the file"
-    console = Console(highlight=False)
+    console = open_console(highlight=False)
     console.print(
-        f"{written.n_batches} batches of {given.batch_size} in {written.n_rows} rows: {given.output}",
+        f"{written.n_batches} batches of {given.batch_size} in {written.n_rows} rows: {given.output}{replaced}",
         markup=False,
         soft_wrap=True,
     )
@@ -59,7 +65,8 @@ def run(given: argparse.Namespace) -> None:
     if n_negatives and not given.negatives:
         console.print(f"the plan's {n_negatives} hard negatives a row are left out: --negatives writes them")
     if n_lacking:
-        console.print(f"{n_lacking:,} hard negatives are lacking, and null")
+        how = "" if given.fill else "; sentence-transformers' trainer takes none: --fill"
+        console.print(f"{n_lacking:,} hard negatives are lacking, and null{how}")
     console.print(
         "only the number of pairs was checked: they must be those that were mined, in their order", style="dim"
     )

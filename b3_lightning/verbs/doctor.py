@@ -12,11 +12,11 @@ import sys
 from collections.abc import Mapping
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from b3_lightning import __version__
+from b3_lightning.console import open_console
 from b3_lightning.mining.backends import SLIM, TABLES, Backend, choose_backend, missing, why_no_gpu
 from b3_lightning.mining.selftest import check_backend
 from b3_lightning.mining.settings import MiningSettings
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    console = Console()
+    console = open_console()
     console.print(f"b3_lightning {__version__}, Python {platform.python_version()}, {platform.platform()}\n")
     console.print(_versions())
     console.print(_devices())

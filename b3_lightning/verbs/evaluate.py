@@ -13,8 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from b3_lightning.console import open_console
 from b3_lightning.evaluation.bootstrap import compare
 from b3_lightning.evaluation.encode import Encoder, joined_processes
 from b3_lightning.evaluation.results import Results
@@ -134,7 +133,7 @@ def _report(given: argparse.Namespace, output: Path, results: Results, other: Re
         if groups:
             sheets.append(difference_sheet(groups, other.model, "differences of the means, in points"))
         sheets.append(difference_sheet(tasks, other.model, "differences task by task, in points"))
-    console = Console()
+    console = open_console()
     show(sheets, console)
     write_report(sheets, results, output / "results.md")
     console.print(f"\nresults  {output}/results.json, results.md", highlight=False, soft_wrap=True, markup=False)

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from b3_lightning.console import open_console
 from b3_lightning.data.downloaded import Finding, Place, check_dataset, commands
 from b3_lightning.data.mmeb import TASKS, TRAIN_TASKS, MmebTask, find_task
 from b3_lightning.progress import StageProgress
@@ -42,7 +42,7 @@ def run(given: argparse.Namespace) -> None:
     if not places:
         raise ValueError("nothing to check: give --train DIR, --eval DIR or both")
     chosen = None if given.tasks is None else [find_task(name) for name in given.tasks]
-    console, steps = Console(), []
+    console, steps = open_console(), []
     for place, all_of_it in places:
         findings = _check([task for task in all_of_it if chosen is None or task in chosen], place)
         console.print(_table(findings, place))
