@@ -134,6 +134,7 @@ def test_a_run_says_what_is_trained_and_that_nothing_was_validated(
     for limit in ("--trainer.limit_val_batches=0", "--data.val_pairs=null"):
         fit("text-text", *settings, f"--model.embedder={models['bert']}", limit, name=limit[-6:])
         assert "first validation" not in capsys.readouterr().out
+        assert re.search(r"model: [\d,]+ weights, all trained", caplog.text)
 
 
 def test_a_run_without_checkpoints_exports_its_last_weights(fit: Run, models: dict[str, str]) -> None:

@@ -186,7 +186,8 @@ class ContrastiveModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         n_weights, n_trained = (sum(p.numel() for p in found) for found in (self.parameters(), self._trained()))
-        log.info("model: %s weights, %s of them trained", f"{n_weights:,}", f"{n_trained:,}")
+        part = "all" if n_trained == n_weights else f"{n_trained:,} of them"
+        log.info("model: %s weights, %s trained", f"{n_weights:,}", part)
         if self.chunks is not None:
             model: Any = self.trainer.strategy.model
             if isinstance(model, DistributedDataParallel):

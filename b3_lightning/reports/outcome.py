@@ -37,8 +37,8 @@ def print_outcome(trainer: L.Trainer, folder: Path, *, trained: bool, offline: b
         console.print(table)
     elif trained and not validated and _would_validate(trainer):
         console.print(
-            "it ended before its first validation, so nothing says how good it is: for more of them set "
-            "trainer.val_check_interval, in batches",
+            "it ended before its first validation; trainer.val_check_interval=N validates every N batches, within an "
+            "epoch too",
             soft_wrap=True,
         )
     say = partial(console.print, soft_wrap=True)  # paths and commands are copied: the terminal may break them, no line
