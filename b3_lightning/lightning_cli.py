@@ -144,14 +144,13 @@ class B3CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         given = self._get(self.config_init, "trainer")
         check_devices(given.get("accelerator"), given.get("devices"))
-        keeps = given.get("enable_checkpointing") is not False
         kwargs.setdefault("default_root_dir", self.run.dir)
         kwargs["plugins"] = [*_listed(given.get("plugins")), CheckedCheckpointIO()]
         if given.get("logger") is None:
             kwargs["logger"] = self._loggers()
         callbacks = _listed(given.get("callbacks"))
         if self.subcommand == "fit":
-            callbacks += self._checkpoints(callbacks) if keeps else []
+            callbacks += self._checkpoints(callbacks)
             export = Export(self.parser_dump(), self.run.merge_adapter)
             callbacks += [TerminateOnNaN(), Clock(), KeepRanks(), Requeue(), export]
         else:
@@ -207,17 +206,21 @@ class B3CLI(LightningCLI):
         """The best by validation, where there is one, and the last; a run that is interrupted leaves its last too.
 
         Not where weights are cut over the processes: they do not stop at the same moment, so none can gather the rest.
-        None beside a ModelCheckpoint among the ``others``, which are set.
+        None beside a ModelCheckpoint among the ``others``, which are set, nor where ``enable_checkpointing`` is off.
         """
-        if any(isinstance(callback, ModelCheckpoint) for callback in others):
+        given = self._get(self.config_init, "trainer")
+        own = any(isinstance(callback, ModelCheckpoint) for callback in others)
+        if own or given.get("enable_checkpointing") is False:
             if self.run.checkpoint_every_n_steps is not None:
-                raise ValueError(
-                    "run.checkpoint_every_n_steps is without effect where trainer.callbacks holds a ModelCheckpoint of "
-                    "your own: set every_n_train_steps there"
+                why = (
+                    "trainer.callbacks holds a ModelCheckpoint of your own: set every_n_train_steps there"
+                    if own
+                    else "trainer.enable_checkpointing=false: leave one of them out"
                 )
+                raise ValueError(f"run.checkpoint_every_n_steps is without effect where {why}")
             return []
         folder = Path(self.run.dir) / "checkpoints"
-        strategy = self._get(self.config_init, "trainer").get("strategy")
+        strategy = given.get("strategy")
         cut = strategy == FullyShardedStrategy.NAME or isinstance(strategy, FullyShardedStrategy)
         about: dict[str, Any] = {"dirpath": folder, "filename": "last", "enable_version_counter": False}
         checkpoints: list[ModelCheckpoint] = [

@@ -177,6 +177,10 @@ data:
             ["--trainer.precision=16-true"],
             "16-true: AdamW's epsilon is 0 .*Set --trainer.precision=bf16-true",
         ),
+        (
+            ["--trainer.enable_checkpointing=false", "--run.checkpoint_every_n_steps=2"],
+            "checkpoint_every_n_steps is without effect where trainer.enable_checkpointing=false: leave one of them",
+        ),
         (["--trainer.max_epochs=0"], "trainer.max_epochs=0: that leaves nothing to train on; raise the limit"),
         (
             ["--trainer.limit_train_batches=0.1"],
