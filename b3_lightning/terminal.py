@@ -25,13 +25,14 @@ def quieten() -> None:
     ):
         warnings.filterwarnings("ignore", message=message)
     warnings.filterwarnings("ignore", category=JsonargparseDeprecationWarning)
-    # Lightning has no switch for its advertisements
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_of_use)
     _hide_loading_bars()
 
 
-def _is_no_tip(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("💡 Tip:")
+def _is_of_use(record: logging.LogRecord) -> bool:
+    """Neither an advertisement, for which Lightning has no switch, nor what we say in words of a run that is ended."""
+    ended = ("An SIGTERMException was raised", "An KeyboardInterrupt was raised")
+    return not record.getMessage().startswith(("💡 Tip:", *ended))
 
 
 def _hide_loading_bars() -> None:
