@@ -19,7 +19,7 @@ from b3_lightning.mining import MinedPlan, MiningSettings, mine
 from b3_lightning.mining.ranks import RankChoice
 from b3_lightning.reports.cards import CardLimits, choose_clusters
 from b3_lightning.reports.figures import PlanFigures
-from b3_lightning.reports.plan_page import write_plan_page
+from b3_lightning.reports.plan_page import _findings, write_plan_page
 from b3_lightning.reports.svg import Axes, Bar, Line, Span, bars, histogram, line_chart, short
 from b3_lightning.types import Clusters, Communities, Edges, Neighbors, Window
 
@@ -69,6 +69,19 @@ def test_figures_by_hand() -> None:
     assert task.median_R == pytest.approx([0.45, 0.3])
     assert found.community_sizes.tolist() == [5, 1]
     assert choose_clusters(found)[0] == (0, "suspects")
+
+
+@pytest.mark.parametrize(("kind", "either"), [("mutual", ", edges: either,"), ("either", "")])
+def test_what_the_page_advises_is_not_there_already(kind: Any, either: str) -> None:
+    six = _six_rows()
+    mined = replace(
+        six,
+        edges=Edges(torch.tensor([0]), torch.tensor([1]), torch.ones(1), 6),
+        settings=replace(six.settings, edges=kind),
+        hardness={**six.hardness, "random_masked": 0.5},
+    )
+    found = _findings(mined, PlanFigures.measure(mined), 0)
+    assert f"nothing hard in their cluster: a larger n_ranks{either} or smaller clusters" in found
 
 
 def test_every_cluster_is_chosen_once_and_any_first_part_is_spread() -> None:

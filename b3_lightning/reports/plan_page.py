@@ -108,8 +108,8 @@ def _findings(mined: MinedPlan, figures: PlanFigures, suspected: int) -> str:
     fillers = int(figures.filler_N.sum()) / mined.n_rows
     if fillers > 0.2:
         either = "" if mined.settings.edges == "either" else ", edges: either,"
-        said.append((False, f"{fillers:.0%} of the rows have nothing hard in their cluster: a larger n_ranks{either} or "
-                            "smaller clusters give them company."))  # fmt: skip
+        company = f"a larger n_ranks{either} or smaller clusters give them company."
+        said.append((False, f"{fillers:.0%} of the rows have nothing hard in their cluster: {company}"))
     items = "".join(
         f'<li class="{"fine" if fine else "look"}"><b>{"Fine" if fine else "Look"}</b><span>{escape(text)}</span></li>'
         for fine, text in said
