@@ -76,7 +76,7 @@ def test_what_the_page_advises_is_not_there_already(kind: Any, either: str) -> N
     six = _six_rows()
     mined = replace(
         six,
-        edges=Edges(torch.tensor([0]), torch.tensor([1]), torch.ones(1), 6),
+        window=Window(torch.zeros(6, 2, dtype=torch.bool), six.window.masked_NW),
         settings=replace(six.settings, edges=kind),
         hardness={**six.hardness, "random_masked": 0.5},
     )
