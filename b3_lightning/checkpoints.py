@@ -166,6 +166,12 @@ class CheckedCheckpointIO(TorchCheckpointIO):
         return checkpoint
 
 
+def last_checkpoint(run: Path) -> Path | None:
+    """What a run goes on from unless told otherwise; None where it has none."""
+    last = run / "checkpoints" / "last.ckpt"
+    return last if last.is_file() else None
+
+
 def existing_checkpoint(given: str, run: Path) -> str:
     """The path of a checkpoint that is given as ``ckpt_path``: a file, or ``last`` or ``best`` of the run's folder.
 

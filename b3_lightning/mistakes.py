@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from b3_lightning.callbacks import Remine
 from b3_lightning.callbacks.export import is_export
+from b3_lightning.checkpoints import last_checkpoint
 from b3_lightning.data import PairsDataModule, PairSource
 from b3_lightning.data.pairs import TeacherPrompts
 from b3_lightning.mining import MinedPlan, MiningSettings
@@ -155,8 +156,8 @@ def check_monitors(trainer: L.Trainer, *, validates: bool) -> None:
 
 def tell_interrupted(subcommand: str, run: Path) -> None:
     """Say how a run goes on that Ctrl-C or SIGTERM ended."""
-    last = run / "checkpoints" / "last.ckpt"
-    if subcommand == "fit" and last.is_file():
+    last = last_checkpoint(run)
+    if subcommand == "fit" and last is not None:
         log.warning("ended by a signal: --ckpt_path=%s goes on from there", last)
 
 

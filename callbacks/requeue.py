@@ -14,7 +14,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-from b3_lightning.checkpoints import existing_checkpoint
+from b3_lightning.checkpoints import existing_checkpoint, last_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -93,15 +93,15 @@ def where_to_begin(folder: Path, settings: str, given: str | None) -> str | None
         return path
     if not any((folder / name).exists() for name in ("metrics.csv", "checkpoints", "export")):
         return None
-    last, restart = folder / "checkpoints" / "last.ckpt", os.environ.get("SLURM_RESTART_COUNT", "0")
+    last, restart = last_checkpoint(folder), os.environ.get("SLURM_RESTART_COUNT", "0")
     if restart != "0" and _same_settings(folder / "config.yaml", settings):
-        if last.is_file():
+        if last is not None:
             log.info("SLURM started this job again (restart %s): it goes on from %s", restart, last)
             return str(last)
         if not any(folder.rglob("*.ckpt")):
             log.info("SLURM started this job again (restart %s): no checkpoint yet, so it starts anew", restart)
             return None
-    how = f"or go on with it: --ckpt_path={last}" if last.is_file() else "or remove it: it has no last checkpoint"
+    how = f"or go on with it: --ckpt_path={last}" if last is not None else "or remove it: it has no last checkpoint"
     raise ValueError(f"run.dir={folder} holds another run; set --run.dir to a new folder, {how}")
 
 

@@ -71,25 +71,24 @@ def check_epochs(plan: BatchPlan, trainer: Any) -> None:
         )
     if trainer is not None:
         _check_limits(n_batches, trainer)
-    if trainer is not None and trainer.accumulate_grad_batches < 1:
-        raise ValueError(f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be at least 1")
-    every = None if trainer is None else trainer.val_check_interval
-    if isinstance(every, int) and trainer.check_val_every_n_epoch is not None:
-        n_trained = limited(n_batches, trainer.limit_train_batches)
-        if every > n_trained:
-            raise ValueError(
-                f"trainer.val_check_interval={every} is more than the {n_trained} batches of an epoch: set it to at "
-                f"most {n_trained}, or --trainer.check_val_every_n_epoch=null, which counts batches on over epochs"
-            )
 
 
 def _check_limits(n_batches: int, trainer: Any) -> None:
-    """Refuse limits that leave nothing to train on."""
+    """Refuse limits that leave nothing to train on, and validations that lie beyond an epoch."""
+    n_trained = limited(n_batches, trainer.limit_train_batches)
     nothing = [f"trainer.{name}=0" for name in ("max_epochs", "max_steps") if getattr(trainer, name) == 0]
-    if limited(n_batches, trainer.limit_train_batches) == 0:
+    if n_trained == 0:
         nothing.append(f"trainer.limit_train_batches={trainer.limit_train_batches} of {n_batches} batches")
     if nothing:
         raise ValueError(f"{' and '.join(nothing)}: that leaves nothing to train on; raise the limit")
+    if trainer.accumulate_grad_batches < 1:
+        raise ValueError(f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be at least 1")
+    every = trainer.val_check_interval
+    if isinstance(every, int) and trainer.check_val_every_n_epoch is not None and every > n_trained:
+        raise ValueError(
+            f"trainer.val_check_interval={every} is more than the {n_trained} batches of an epoch: set it to at "
+            f"most {n_trained}, or --trainer.check_val_every_n_epoch=null, which counts batches on over epochs"
+        )
 
 
 def _check_reloading(trainer: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import lightning as L
 import torch
 
+from b3_lightning.checkpoints import last_checkpoint
 from b3_lightning.data.pairs import TeacherPrompts
 from b3_lightning.data.splits import Split
 from b3_lightning.data.teacher import (
@@ -96,8 +97,8 @@ class PairMiner:
         trainer = self.trainer
         for logger in trainer.loggers:
             logger.save()  # what the file of metrics lacks so far
-        last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-        how = f"--ckpt_path={last} goes on" if last.is_file() else "the same command goes on"
+        last = last_checkpoint(Path(trainer.default_root_dir))
+        how = "the same command goes on" if last is None else f"--ckpt_path={last} goes on"
         return ends_at_once(
             f"ended by a signal while mining; what was finished is kept, and {how} from there",
             others=[process.pid for process in getattr(trainer.strategy.launcher, "procs", [])],

@@ -86,14 +86,12 @@ def with_negatives(
 def _filled(mined: MinedPlan, targets: Sequence[str]) -> Tensor:
     """(N, H) the plan's hard negatives, lacking only where the whole cluster of a row has its target."""
     negative_NH = mined.negative_NH.clone()
-    cluster_of_row = mined.clusters.cluster_of_row().tolist()
-    rows_of_cluster: dict[int, list[int]] = {}
-    for row, cluster in enumerate(cluster_of_row):
-        rows_of_cluster.setdefault(cluster, []).append(row)
+    cluster_N = mined.clusters.cluster_of_row()
     for row in (negative_NH == PADDING).any(dim=1).nonzero().flatten().tolist():
         own_H = negative_NH[row]
         spare = own_H[own_H != PADDING].tolist()
-        spare = spare or [other for other in rows_of_cluster[cluster_of_row[row]] if targets[other] != targets[row]]
+        others = mined.clusters.ids_CK[cluster_N[row]].tolist()
+        spare = spare or [other for other in others if other != PADDING and targets[other] != targets[row]]
         lacking = (own_H == PADDING).nonzero().flatten().tolist()
         for place, other in zip(lacking, itertools.cycle(spare), strict=False):
             own_H[place] = other

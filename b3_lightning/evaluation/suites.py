@@ -64,13 +64,15 @@ class Suite:
                 f"{settings.data} has no {' '.join(absent) or f'set of {self.name}'}: looked for {looked}; "
                 f"it has {', '.join(found) or 'none'}{names}"
             )
-        if not wanted:
+        if wanted:
+            return list(dict.fromkeys(wanted))
+        if self.sets:
             self._tell_others(settings)
-        return list(dict.fromkeys(wanted)) if wanted else found
+        return found
 
     def _tell_others(self, settings: ReadSettings) -> None:
         """Name what looks like a set there and is none of the suite's, such as one of a misspelt name."""
-        others = [name for name in discover(settings.data, (), self.probe) if self.sets and name not in self.sets]
+        others = [name for name in discover(settings.data, (), self.probe) if name not in self.sets]
         if others:
             log.info("no sets of %s, not scored: %s (its sets: %s)", self.name, _few(others), _few(self.sets))
 

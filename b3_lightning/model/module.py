@@ -185,7 +185,8 @@ class ContrastiveModule(L.LightningModule):
         return F.normalize(vector_PD[order_P].to(torch.promote_types(vector_PD.dtype, torch.float32)), dim=1)
 
     def on_train_start(self) -> None:
-        n_weights, n_trained = (sum(p.numel() for p in found) for found in (self.parameters(), self._trained()))
+        n_weights = sum(weight.numel() for weight in self.parameters())
+        n_trained = sum(weight.numel() for weight in self.parameters() if weight.requires_grad)
         part = "all" if n_trained == n_weights else f"{n_trained:,} of them"
         log.info("model: %s weights, %s trained", f"{n_weights:,}", part)
         if self.chunks is not None:
@@ -369,9 +370,6 @@ class ContrastiveModule(L.LightningModule):
         if world_size() > 1:
             for buffer in self.buffers():
                 dist.broadcast(buffer, src=0)
-
-    def _trained(self) -> list[torch.nn.Parameter]:
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def _frozen(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if not parameter.requires_grad}

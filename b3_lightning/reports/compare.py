@@ -53,11 +53,8 @@ class Comparison:
         Raises:
             ValueError: where none did.
         """
-        runs = [run for run in given if metric in run.logged()] or list(given)
+        runs = [run for run in given if metric in run.logged()] or _none_of(given, metric)
         left_out = [run.name for run in given if not any(run is other for other in runs)]
-        shared = sorted(name for name in set.intersection(*(run.logged() for run in runs)) if name.startswith("val/"))
-        if len(runs) > 1 and shared and metric not in shared:
-            raise ValueError(f"no run holds {metric}; all hold {', '.join(shared)}: --metric={shared[0]}")
         best = [run.best(metric) for run in runs]
         keys = sorted(set().union(*(run.config for run in runs)))
         values = {key: [str(run.config.get(key, "")) for run in runs] for key in keys}
@@ -85,6 +82,14 @@ class Comparison:
         """The W&B workspaces of runs that lie on a server."""
         urls = [run.url.rpartition("/runs/")[0] for run in self.runs if run.url]
         return sorted({f"{url}/workspace" for url in urls if url})
+
+
+def _none_of(given: Sequence[Run], metric: str) -> list[Run]:
+    """All runs, where none holds the metric and they share no other that could be taken instead."""
+    shared = sorted(name for name in set.intersection(*(run.logged() for run in given)) if name.startswith("val/"))
+    if len(given) > 1 and shared:
+        raise ValueError(f"no run holds {metric}; all hold {', '.join(shared)}: --metric={shared[0]}")
+    return list(given)
 
 
 def significance(first: Run, other: Run) -> Significance:

@@ -67,12 +67,13 @@ def _best(answer: TaskAnswer, batch_size: int) -> Figure | None:
 def _advised(answer: TaskAnswer, batch_size: int) -> Figure | None:
     """The best, where it is harder than random batches."""
     best = _best(answer, batch_size)
-    return best if best is not None and best.clean > _by_chance(answer, best) else None
+    return best if best is not None and _gain(answer, best) > 0 else None
 
 
-def _by_chance(answer: TaskAnswer, figure: Figure) -> float:
-    """Hardness of random batches of the same size."""
-    return next((one.clean for one in answer.random if one.batch_size == figure.batch_size), -math.inf)
+def _gain(answer: TaskAnswer, figure: Figure) -> float:
+    """Hardness above that of random batches of the same size."""
+    by_chance = (one.clean for one in answer.random if one.batch_size == figure.batch_size)
+    return figure.clean - next(by_chance, -math.inf)
 
 
 def advice(answer: TaskAnswer, batch_size: int) -> list[str]:
@@ -82,8 +83,9 @@ def advice(answer: TaskAnswer, batch_size: int) -> list[str]:
         return [
             f"no cluster size asked about divides |B| = {batch_size}, or the task has fewer rows: nothing to advise"
         ]
-    if best is not _advised(answer, batch_size):
-        alike = "easier" if best.clean < _by_chance(answer, best) else "no harder"
+    gain = _gain(answer, best)
+    if gain <= 0:
+        alike = "easier" if gain < 0 else "no harder"
         return [
             f"nothing is advised: mined batches of {batch_size} are no harder than random ones here, with no setting "
             f"asked about; {alike} with {_setting(answer, best)}",
