@@ -100,11 +100,11 @@ data:
         ),
         (
             ["--data.train_pairs=picture.csv"],
-            "1 of 1 images under .* .data.image_root. cannot be used:\n  no.png: missing .rows 0, 1",
+            "1 of 1 images under .* .image_root. cannot be used:\n  no.png: missing .rows 0, 1",
         ),
         (
             ["--data.train_pairs=picture.csv", "--data.image_root=nowhere"],
-            "under .*/nowhere .data.image_root, which is no folder. cannot be used",
+            "under .*/nowhere .image_root, which is no folder. cannot be used",
         ),
         (["--trainer.accelerator=gpu"], "sees no GPU: set --trainer.accelerator=cpu or auto"),
         (["--run.wandb=online"], "no key: `wandb login` or set WANDB_API_KEY; --run.wandb=offline needs none"),

@@ -79,7 +79,7 @@ def check_images(rows_of_path: Mapping[str, list[int]], image_root: Path, *, how
 
 def _told(root: Path) -> str:
     there = root.resolve()
-    return f"{there} (data.image_root{'' if there.is_dir() else ', which is no folder'})"
+    return f"{there} (image_root{'' if there.is_dir() else ', which is no folder'})"
 
 
 def examine_images(

@@ -284,7 +284,7 @@ def _tell(mined: MinedPlan) -> None:
 
 def _how_to_harden(mined: MinedPlan) -> str:
     """What to set, for batches that are hardly hard: score filters may leave nothing of the window."""
-    own = [mined.settings.of_task(name) for name in mined.task_names]
+    own = mined.own_settings()
     filters = sorted({name for settings in own for name in settings.score_filters})
     if not filters:
         widen = " or set data.mining.edges=either" if any(settings.edges != "either" for settings in own) else ""

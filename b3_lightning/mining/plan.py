@@ -99,6 +99,10 @@ class MinedPlan:
             filler_N[torch.cat([from_A[together_A], to_A[together_A]])] = False
         return filler_N
 
+    def own_settings(self) -> list[MiningSettings]:
+        """Of every task, with what it sets for itself."""
+        return [self.settings.of_task(name) for name in self.task_names]
+
     def __repr__(self) -> str:
         told = ("n_rows", "n_edges", "n_clusters", "n_fillers", "hardness_mined")
         shown = ", ".join(f"{name}={value:g}" for name, value in self.summary().items() if name in told)

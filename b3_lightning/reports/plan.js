@@ -10,7 +10,14 @@ let found = [], shown = 0, words = [];
 
 for (const cluster of data.clusters) {
   const texts = cluster.rows.map((row) => `#${row[ID]} ${row[QUERY]} ${row[TARGET]}`);
-  cluster.words = `cluster ${cluster.id} ${data.tasks[cluster.task]} ${texts.join(" ")}`.toLowerCase();
+  cluster.words = lower(`cluster ${cluster.id} ${data.tasks[cluster.task]} ${texts.join(" ")}`);
+}
+
+function lower(text) {
+  // as long as the text, so that what is found in the one is marked in the other
+  const low = text.toLowerCase();
+  if (low.length === text.length) return low;
+  return Array.from(text, (letter) => (letter.toLowerCase().length === letter.length ? letter.toLowerCase() : letter)).join("");
 }
 
 function make(name, className, text) {
@@ -22,9 +29,9 @@ function make(name, className, text) {
 
 function marked(parent, text) {
   // the searched words, wherever they stand, as <mark>
-  const low = text.toLowerCase();
+  const low = lower(text);
   let at = 0;
-  while (words.length && low.length === text.length && at < text.length) {
+  while (words.length && at < text.length) {
     let first = -1, length = 0;
     for (const word of words) {
       const place = low.indexOf(word, at);
@@ -130,7 +137,7 @@ function holds(cluster, word) {
 }
 
 function update() {
-  const asked = control("search").value.toLowerCase().replace(/\s+/g, " ");
+  const asked = lower(control("search").value).replace(/\s+/g, " ");
   words = asked.match(/(?:cluster|row) \d+(?!\S)|\S+/g) || [];
   const task = control("task") ? control("task").value : "";
   const why = control("why").value;

@@ -70,14 +70,14 @@ def _overview(mined: MinedPlan, figures: PlanFigures) -> str:
         "Edges kept": (f"{summary['kept_frac']:.1%}", f"of {summary['n_edges']:,} lie inside a cluster"),
         "Fillers": (
             _share(summary["n_fillers"], n_rows),
-            f"{summary['n_fillers']:,} rows with nothing hard in their cluster",
+            f"{_rows(summary['n_fillers'])} with nothing hard in their cluster",
         ),
-        "Suspected": (_share(suspected, n_rows), f"{suspected:,} rows train against a target that beats their own"),
+        "Suspected": (_share(suspected, n_rows), f"{_rows(suspected)} trained against a target that beats their own"),
         "Masked": (f"{summary['n_masked'] / n_rows:.1f}", "targets a row, likely right, left out of the loss"),
         "Communities": (_count(summary["n_communities"]), f"cut into {summary['n_clusters']:,} clusters"),
         "No edge at all": (
             _share(summary["n_rows_without_edge"], n_rows),
-            f"{summary['n_rows_without_edge']:,} rows, placed by their own window alone",
+            f"{_rows(summary['n_rows_without_edge'])}, placed by the window alone",
         ),
     }
     return tiles(values) + _findings(mined, figures, suspected)
@@ -102,12 +102,12 @@ def _findings(mined: MinedPlan, figures: PlanFigures, suspected: int) -> str:
     against = "against a target that the teacher prefers to their own."
     if share > 0.01:
         advice = "If the first cards show right answers, raise first_rank or set max_relative_score."
-        said.append((False, f"{share:.1%} of the rows train {against} {advice}"))
+        said.append((False, f"{share:.1%} of the rows are trained {against} {advice}"))
     else:
-        said.append((True, f"{suspected:,} rows train {against}"))
+        said.append((True, f"{_rows(suspected)} trained {against}"))
     fillers = int(figures.filler_N.sum()) / mined.n_rows
     if fillers > 0.2:
-        either = "" if mined.settings.edges == "either" else ", edges: either,"
+        either = ", edges: either," if any(own.edges != "either" for own in mined.own_settings()) else ""
         company = f"a larger n_ranks{either} or smaller clusters give them company."
         said.append((False, f"{fillers:.0%} of the rows have nothing hard in their cluster: {company}"))
     items = "".join(
@@ -313,6 +313,10 @@ def _explorer(mined: MinedPlan, cards: Cards, limits: CardLimits) -> str:
 
 def _share(part: float, whole: float) -> str:
     return f"{part / max(1, whole):.1%}"
+
+
+def _rows(count: float) -> str:
+    return f"{int(count):,} row{'' if count == 1 else 's'}"
 
 
 def _count(count: float) -> str:
