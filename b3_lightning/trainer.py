@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from b3_lightning.callbacks import MiningReport
 from b3_lightning.console import open_console
 from b3_lightning.data import PairsDataModule
 from b3_lightning.mining import PATIENCE, MinedPlan
+from b3_lightning.mining.precision import cpu_computes_bfloat16
 from b3_lightning.mining.whatif import Questions
 from b3_lightning.model import ContrastiveModule
 from b3_lightning.reports.whatif import tell_what_if
+
+log = logging.getLogger(__name__)
 
 LOADING: dict[str, Any] = {"reload_dataloaders_every_n_epochs": 1, "use_distributed_sampler": False}
 """Every epoch has batches of its own, and they come shared out over the processes."""
@@ -34,6 +38,14 @@ def suit(strategy: Strategy) -> None:
         strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
 
 
+def _tell_slow_bfloat16(precision: str) -> None:
+    if precision.startswith("bf16") and not cpu_computes_bfloat16():
+        log.warning(
+            "trainer.precision=%s: this processor has no instructions for bfloat16, and takes several times as long as "
+            "with --trainer.precision=32-true, for training and for the teacher", precision,
+        )  # fmt: skip
+
+
 class B3Trainer(L.Trainer):
     """Lightning's Trainer, which also mines without training.
 
@@ -47,6 +59,8 @@ class B3Trainer(L.Trainer):
             kwargs.setdefault(name, value)
         super().__init__(**kwargs)
         suit(self.strategy)
+        if self.is_global_zero and self.strategy.root_device.type == "cpu":
+            _tell_slow_bfloat16(str(self.precision))
 
     def mine(self, model: ContrastiveModule, datamodule: PairsDataModule, output: str) -> MinedPlan | None:
         """Mine the training pairs into a plan and write it with a report.

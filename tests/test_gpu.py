@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -257,6 +258,7 @@ def test_doctor_says_what_runs_here(capsys: pytest.CaptureFixture[str]) -> None:
     main(["doctor", "--rows=512"])
     text = capsys.readouterr().out
     assert "torch sees no CUDA device" in text
+    assert re.search(r"cpu, \d+ threads \W+(no )?bfloat16", text)
     assert missing(SLIM) == [] or "b3_lightning[gpu-cu13]" in text
     assert "16 found, 16 planted" in text or "17 found, 17 planted" in text
     with pytest.raises(SystemExit) as stop:

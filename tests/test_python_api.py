@@ -159,3 +159,24 @@ def test_a_student_that_nobody_asks_to_mine_is_refused() -> None:
     data = PairsDataModule(train_pairs="train.parquet", teacher="student", batch_size=64)
     with pytest.raises(ValueError, match=r"needs the callback Remine\(enabled=True\)"):
         B3Trainer(**QUIET).fit(ContrastiveModule(SmallEmbedder()), data)
+
+
+@pytest.mark.parametrize(
+    ("precision", "capabilities", "told"),
+    [
+        ("bf16-mixed", {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}, True),
+        ("bf16-true", {"architecture": "aarch64", "bf16": False, "sve_max_length": 0}, True),
+        ("bf16-mixed", {"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": False}, False),
+        ("32-true", {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}, False),
+    ],
+)
+def test_a_processor_that_has_no_bfloat16_is_told_of(
+    precision: Any,
+    capabilities: dict[str, Any],
+    told: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    B3Trainer(**QUIET, precision=precision)
+    assert ("has no instructions for bfloat16" in caplog.text) == told

@@ -1,4 +1,4 @@
-"""What torch is set to do inside a matrix product, which the bounds of candidates.py depend on."""
+"""What torch does inside a matrix product: the bounds of candidates.py depend on it, and the time that it takes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,14 @@ def full_float32(device: torch.device) -> bool:
     """
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     return backend.matmul.fp32_precision in ("none", "ieee")
+
+
+def cpu_computes_bfloat16() -> bool:
+    """Has this processor instructions for bfloat16 (avx512_bf16, amx_bf16, ARM's bf16), or does torch convert each one?
+
+    Without them a product in bfloat16 takes several times as long as in float32, and gains nothing but memory.
+    """
+    return any("bf16" in name and there is True for name, there in torch.cpu.get_capabilities().items())
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from rich.table import Table
 from b3_lightning import __version__
 from b3_lightning.console import open_console
 from b3_lightning.mining.backends import SLIM, TABLES, Backend, choose_backend, missing, why_no_gpu
+from b3_lightning.mining.precision import cpu_computes_bfloat16
 from b3_lightning.mining.selftest import check_backend
 from b3_lightning.mining.settings import MiningSettings
 
@@ -85,5 +86,6 @@ def _devices() -> Table:
         free, total = (size / 2**30 for size in torch.cuda.mem_get_info(index))
         bfloat16 = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16"
         table.add_row(f"cuda:{index} {about.name}", f"{free:.0f} of {total:.0f} GiB free", bfloat16)
-    table.add_row("cpu", "", f"{torch.get_num_threads()} threads")
+    bfloat16 = "bfloat16" if cpu_computes_bfloat16() else "no bfloat16 (slower than float32)"
+    table.add_row(f"cpu, {torch.get_num_threads()} threads", "", bfloat16)
     return table
