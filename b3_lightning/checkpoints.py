@@ -13,6 +13,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from b3_lightning.mining.store import write_atomic
 
@@ -98,7 +99,9 @@ class LastCheckpoint(_WithinEpoch):
         return (stops or trainer.global_step == trainer.max_steps) and not trainer.is_last_batch
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self.trains:
+        # what ends one process alone finds no other here: they wait in an exchange of their own, for a save that waits
+        # for them. A signal is agreed upon by all
+        if self.trains and (trainer.world_size == 1 or isinstance(exception, (SIGTERMException, KeyboardInterrupt))):
             super().on_exception(trainer, pl_module, exception)
 
 

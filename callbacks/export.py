@@ -70,6 +70,7 @@ class Export(Callback):
         kept = keep_prompts(embedder, prompts)
         embedder.save_pretrained(str(temporary), create_model_card=False)
         _name_dora_weights(temporary)
+        _name_base_wholly(temporary)
         if best is None:
             self.on_save_checkpoint(trainer, pl_module, checkpoint)
             checkpoint |= {"global_step": trainer.global_step}
@@ -94,6 +95,16 @@ class Export(Callback):
             f"{prompts}## Training\n\n```yaml\n{self.description.strip()}\n```\n\n"
             f"## Validation\n\n| metric | value |\n|---|---|\n{metrics}\n"
         )
+
+
+def _name_base_wholly(folder: Path) -> None:
+    """Let an adapter find the folder of its base model from wherever the export is loaded."""
+    for path in folder.rglob("adapter_config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        base = config.get("base_model_name_or_path")
+        if base and Path(base).is_dir() and not Path(base).is_absolute():
+            config["base_model_name_or_path"] = str(Path(base).resolve())
+            path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _as_readable(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from conftest import Run
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
+from b3_lightning.callbacks.export import _name_base_wholly
 from b3_lightning.model.embedder import LoadSettings, LoraSettings, check_trained, load_embedder
 
 BFLOAT16 = LoadSettings(pooling="lasttoken", dtype="bfloat16")
@@ -93,3 +95,14 @@ def test_an_adapter_that_came_with_the_model_is_not_trained_on_silently(models: 
         check_trained(model, "32-true")
     with pytest.raises(ValueError, match=r"model\.lora adds an adapter, and model\.embedder has one.*model\.lora=null"):
         load_embedder(str(tmp_path / "export"), LoadSettings(), LoraSettings(r=2))
+
+
+def test_an_exported_adapter_finds_its_base_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    for given, kept in (("models/base", str(tmp_path / "models" / "base")), ("owner/name", "owner/name"), (None, None)):
+        path = tmp_path / "export" / "adapter" / "adapter_config.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"base_model_name_or_path": given, "r": 2}))
+        _name_base_wholly(tmp_path / "export")
+        assert json.loads(path.read_text()) == {"base_model_name_or_path": kept, "r": 2}

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import Run
+from PIL import Image
 from safetensors.torch import load_file
 
 from b3_lightning.cli import main
@@ -28,11 +29,12 @@ ROOT = Path(__file__).parent.parent
 SMALL = "--model.embedder={hidden_sizes: [8, 16], image_size: 32}"
 
 
-def command(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def command(*args: str, cwd: Path, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONWARNINGS": "default", "COLUMNS": "120"}
     return subprocess.run(
-        [sys.executable, "-m", "b3_lightning", *args], cwd=cwd, env=environment, capture_output=True, text=True
-    )
+        [sys.executable, "-m", "b3_lightning", *args],
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
 
 
 def test_the_quickstart_from_data_to_export(
@@ -160,6 +162,26 @@ def test_two_processes_train_on_one_plan(tmp_path: Path, shapes: Path) -> None:
     assert "18 steps" in done.stdout
     assert "recommended" not in done.stderr
     assert "deprecated" not in done.stderr
+
+
+def test_an_error_in_one_of_two_processes_ends_both_and_is_told(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 32, 3), dtype=np.uint8)
+    lines = ["qry,pos_image_path"]
+    for row, picture in enumerate(pixels):
+        Image.fromarray(picture).save(tmp_path / f"{row}.png")
+        lines.append(f"picture number {row},{row}.png")
+    half = (tmp_path / "7.png").read_bytes()
+    (tmp_path / "7.png").write_bytes(half[: len(half) // 2])
+    (tmp_path / "pairs.csv").write_text("\n".join(lines))
+    done = command(
+        "fit", "--run.wandb=disabled", "--run.dir=run", "--data.train_pairs=pairs.csv", "--data.image_root=.",
+        "--data.image_check=header", "--data.batches=random", "--data.batch_size=8", "--trainer.max_epochs=1",
+        "--model.embedder={hidden_sizes: [8, 16], image_size: 32}", "--trainer.accelerator=cpu", "--trainer.devices=2",
+        "--trainer.enable_progress_bar=false",
+        cwd=tmp_path, timeout=150,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "the image 7.png under" in done.stderr
 
 
 def test_mining_by_two_processes_gives_the_plan_of_one_and_is_reused(

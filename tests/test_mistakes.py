@@ -65,7 +65,7 @@ data:
         configured = [f"--config={config}"] if command in ("fit", "mine", "plan", "validate") else []
         with pytest.raises(SystemExit) as stop:
             main([command, *configured, *settings])
-        said = f"{stop.value.code}{capsys.readouterr().err}"
+        said = f"{stop.value.code}\n{capsys.readouterr().err}"
         assert stop.value.code, "a mistake must not end well"
         assert "Traceback" not in said
         line = next((line for line in said.splitlines() if "error: " in line), "")
@@ -182,6 +182,8 @@ data:
             "checkpoint_every_n_steps is without effect where trainer.enable_checkpointing=false: leave one of them",
         ),
         (["--trainer.max_epochs=0"], "trainer.max_epochs=0: that leaves nothing to train on; raise the limit"),
+        (["--trainer.overfit_batches=1"], "trainer.overfit_batches=1: every epoch has batches of its own"),
+        (["--model.load.max_seq_length=0"], "max_seq_length=0 must be at least 1"),
         (
             ["--trainer.limit_train_batches=0.1"],
             "trainer.limit_train_batches=0.1 of 2 batches: that leaves nothing to train on; raise the limit",

@@ -83,6 +83,11 @@ def _check_limits(n_batches: int, trainer: Any) -> None:
         raise ValueError(f"{' and '.join(nothing)}: that leaves nothing to train on; raise the limit")
     if trainer.accumulate_grad_batches < 1:
         raise ValueError(f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be at least 1")
+    if trainer.overfit_batches:
+        raise ValueError(
+            f"trainer.overfit_batches={trainer.overfit_batches}: every epoch has batches of its own, so those of the "
+            "first would not come again. To overfit, give data.train_pairs a file of few rows"
+        )
     every = trainer.val_check_interval
     if isinstance(every, int) and trainer.check_val_every_n_epoch is not None and every > n_trained:
         raise ValueError(

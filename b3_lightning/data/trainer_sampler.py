@@ -161,8 +161,8 @@ class SamplerFactory:
     planned: _Planned
     unplanned: Unplanned
     task_weights: dict[str, float] | None
-    _met: list[bool] = field(default_factory=list, compare=False)
-    """Of every dataset that was asked for: is it the plan's?"""
+    _met: set[bool] = field(default_factory=set, compare=False)
+    """Of the datasets that were asked for: are there the plan's, are there others?"""
 
     def __call__(
         self, dataset: Any, *, batch_samplers: Sequence[Any] | None = None, batch_size: int = 0, **about: Any
@@ -176,10 +176,10 @@ class SamplerFactory:
                 f"{why}. Give the trainer the pairs that were mined, in their order; if this is a dataset for "
                 "evaluation, say B3BatchSampler.of(plan, unplanned='random')"
             )
-        self._met.append(not why)
+        self._met.add(not why)
         if why:
             # the trainer asks for its training set before any other
-            tell = log.info if any(self._met) else log.warning
+            tell = log.info if True in self._met else log.warning
             tell("%s: it gets random batches. If it is the training set, give the pairs that were mined, in order", why)
             return self._random(dataset, batch_samplers, batch_size, about)
         return B3BatchSampler(

@@ -128,6 +128,8 @@ class LoadSettings:
     def __post_init__(self) -> None:
         if (self.min_pixels is None) != (self.max_pixels is None):
             raise ValueError(f"min_pixels={self.min_pixels} and max_pixels={self.max_pixels}: give both or neither")
+        if self.max_seq_length is not None and self.max_seq_length < 1:
+            raise ValueError(f"max_seq_length={self.max_seq_length} must be at least 1")
         if self.dtype not in (None, "auto") and not isinstance(getattr(torch, str(self.dtype), None), torch.dtype):
             raise ValueError(f"load.dtype={self.dtype} must be bfloat16, float16, float32 or auto")
 
