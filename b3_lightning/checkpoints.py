@@ -70,6 +70,8 @@ class _WithinEpoch(MovableCheckpoint):
 class LastCheckpoint(_WithinEpoch):
     """Saves where a run is interrupted too, once it trains: before, there is nothing to go on with.
 
+    Of several processes by a signal only, not by an error.
+
     Also where ``max_steps``, ``max_time`` or a callback such as EarlyStopping end it within an epoch: Lightning then
     counts the epoch as done, and from a checkpoint of its end would never train on the rest.
     """
@@ -99,8 +101,8 @@ class LastCheckpoint(_WithinEpoch):
         return (stops or trainer.global_step == trainer.max_steps) and not trainer.is_last_batch
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        # what ends one process alone finds no other here: they wait in an exchange of their own, for a save that waits
-        # for them. A signal is agreed upon by all
+        # the save waits for all processes. An error may be one's alone, while the others wait for it elsewhere; of a
+        # signal all are told
         if self.trains and (trainer.world_size == 1 or isinstance(exception, (SIGTERMException, KeyboardInterrupt))):
             super().on_exception(trainer, pl_module, exception)
 

@@ -97,16 +97,6 @@ class Export(Callback):
         )
 
 
-def _name_base_wholly(folder: Path) -> None:
-    """Let an adapter find the folder of its base model from wherever the export is loaded."""
-    for path in folder.rglob("adapter_config.json"):
-        config = json.loads(path.read_text(encoding="utf-8"))
-        base = config.get("base_model_name_or_path")
-        if base and Path(base).is_dir() and not Path(base).is_absolute():
-            config["base_model_name_or_path"] = str(Path(base).resolve())
-            path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-
-
 def _as_readable(folder: Path) -> None:
     """Give all files the mode of the card: safetensors makes files that only their owner can read."""
     mode = (folder / "README.md").stat().st_mode
@@ -190,3 +180,13 @@ def _name_dora_weights(folder: Path) -> None:
         weights = load_file(path)
         named = {f"{name}.weight" if name.endswith(_MAGNITUDE) else name: value for name, value in weights.items()}
         save_file(named, path, metadata={"format": "pt"})
+
+
+def _name_base_wholly(folder: Path) -> None:
+    """Let an adapter find the folder of its base model from wherever the export is loaded."""
+    for path in folder.rglob("adapter_config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        base = config.get("base_model_name_or_path")
+        if base and Path(base).is_dir() and not Path(base).is_absolute():
+            config["base_model_name_or_path"] = str(Path(base).resolve())
+            path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")

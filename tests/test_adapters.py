@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +43,9 @@ def test_a_bfloat16_base_with_an_adapter_trains_goes_on_and_is_exported(
     merged: bool, fit: Run, models: dict[str, str]
 ) -> None:
     settings = (
-        f"--model.embedder={models['qwen2_vl']}", "--model.load={pooling: lasttoken, dtype: bfloat16}",
-        "--model.load.gradient_checkpointing=true", "--model.lora={r: 2, dropout: 0.0}", "--model.chunks.items=24",
-        "--data.batch_size=48",
+        f"--model.embedder={os.path.relpath(models['qwen2_vl'])}",
+        "--model.load={pooling: lasttoken, dtype: bfloat16}", "--model.load.gradient_checkpointing=true",
+        "--model.lora={r: 2, dropout: 0.0}", "--model.chunks.items=24", "--data.batch_size=48",
         "--model.optim={learning_rate: 0.05, warmup_frac: 0.0, schedule: constant}", "--data.batches=random",
         f"--trainer.precision={'32-true' if merged else 'bf16-mixed'}", f"--run.merge_adapter={merged}",
     )  # fmt: skip
@@ -67,7 +68,10 @@ def test_a_bfloat16_base_with_an_adapter_trains_goes_on_and_is_exported(
     again = load_embedder(str(run / "export"), LoadSettings(dtype="bfloat16"), None)
     expected, found = (model.encode(TEXTS, normalize_embeddings=True) for model in (own, again))
     assert np.allclose(found, expected, atol=0.03 if merged else 1e-6)
-    if not merged:  # nothing was rounded on the way back
+    if not merged:
+        config = json.loads((file.parent / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(Path(models["qwen2_vl"]).resolve())  # given as a relative path
+        # nothing was rounded on the way back
         kept = {name: value for name, value in again.state_dict().items() if "lora_" in name}
         assert all(torch.equal(value, state[name]) for name, value in kept.items())
     assert SentenceTransformer(str(run / "export"), device="cpu").encode(TEXTS).shape == (2, 32)

@@ -176,8 +176,7 @@ def test_an_error_in_one_of_two_processes_ends_both_and_is_told(tmp_path: Path) 
     done = command(
         "fit", "--run.wandb=disabled", "--run.dir=run", "--data.train_pairs=pairs.csv", "--data.image_root=.",
         "--data.image_check=header", "--data.batches=random", "--data.batch_size=8", "--trainer.max_epochs=1",
-        "--model.embedder={hidden_sizes: [8, 16], image_size: 32}", "--trainer.accelerator=cpu", "--trainer.devices=2",
-        "--trainer.enable_progress_bar=false",
+        SMALL, "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.enable_progress_bar=false",
         cwd=tmp_path, timeout=150,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr

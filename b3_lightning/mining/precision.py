@@ -22,7 +22,7 @@ def cpu_computes_bfloat16() -> bool:
 
     Without them a product in bfloat16 takes several times as long as in float32, and gains nothing but memory.
     """
-    return any("bf16" in name and there is True for name, there in torch.cpu.get_capabilities().items())
+    return any(there for name, there in torch.cpu.get_capabilities().items() if "bf16" in name)
 
 
 @contextmanager
