@@ -70,7 +70,7 @@ class _WithinEpoch(MovableCheckpoint):
 class LastCheckpoint(_WithinEpoch):
     """Saves where a run is interrupted too, once it trains: before, there is nothing to go on with.
 
-    Of several processes by a signal only, not by an error.
+    Not by an error in one of several processes: the others may wait for it elsewhere, and none saves alone.
 
     Also where ``max_steps``, ``max_time`` or a callback such as EarlyStopping end it within an epoch: Lightning then
     counts the epoch as done, and from a checkpoint of its end would never train on the rest.
@@ -87,7 +87,7 @@ class LastCheckpoint(_WithinEpoch):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # the save at the epoch's end leaves itself out where the step is the same
-        self._waits = self._ends_within_epoch(trainer) and _validates_after(trainer, batch_idx)
+        self._waits = self._ends_within_epoch(trainer) and validates_after(trainer, batch_idx)
         if self._ends_within_epoch(trainer) and not self._waits:
             self._save(trainer)
 
@@ -101,9 +101,10 @@ class LastCheckpoint(_WithinEpoch):
         return (stops or trainer.global_step == trainer.max_steps) and not trainer.is_last_batch
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        # the save waits for all processes. An error may be one's alone, while the others wait for it elsewhere; of a
-        # signal all are told
-        if self.trains and (trainer.world_size == 1 or isinstance(exception, (SIGTERMException, KeyboardInterrupt))):
+        # all are at the same place where the run is stopped by a signal (``StopTogether``); a second Ctrl-C may come in
+        # the middle of an optimiser step
+        agreed = isinstance(exception, SIGTERMException)
+        if self.trains and (agreed or (trainer.world_size == 1 and isinstance(exception, Exception))):
             super().on_exception(trainer, pl_module, exception)
 
 
@@ -121,13 +122,13 @@ class StepCheckpoint(_WithinEpoch):
         within_step = (batch_idx + 1) % trainer.accumulate_grad_batches
         if trainer.is_last_batch or within_step:
             return
-        if _validates_after(trainer, batch_idx):
+        if validates_after(trainer, batch_idx):
             self._waits = trainer.global_step % self._every_n_train_steps == 0
         else:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
-def _validates_after(trainer: Trainer, batch_idx: int) -> bool:
+def validates_after(trainer: Trainer, batch_idx: int) -> bool:
     """Whether a validation follows this batch; batches are counted over epochs without ``check_val_every_n_epoch``."""
     every, every_n_epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
     if not isinstance(every, int) or not any(trainer.num_val_batches):
@@ -214,6 +215,19 @@ def check_weights(found: Mapping[str, torch.Tensor], expected: Mapping[str, torc
 
 def _size(weight: torch.Tensor | None) -> str:
     return "none" if weight is None else "x".join(map(str, weight.shape)) or "a number"
+
+
+def begin_validation_anew(checkpoint: dict[str, Any], *, cut_short: bool) -> None:
+    """Let a validation that was cut short run from its beginning, once the run goes on from there.
+
+    Lightning goes by counts of batches: where one was begun and not done it goes on in the middle, without what came
+    before, and elsewhere it leaves the validation out.
+    """
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.val_loop.batch_progress")
+    if progress is not None:
+        progress["current"] |= dict.fromkeys(progress["current"], 0)
+        if cut_short:
+            progress["total"] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
 
 def best_checkpoint(trainer: Trainer) -> str | None:

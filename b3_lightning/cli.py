@@ -10,6 +10,7 @@ import dis
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -39,6 +40,8 @@ def main(args: list[str] | None = None) -> None:
             from b3_lightning.lightning_cli import run_lightning
 
             run_lightning(args)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except _tellable() as error:
         message = told(error)
         if message is None:

@@ -48,6 +48,7 @@ from b3_lightning.options import COMMAND
 from b3_lightning.reports.outcome import print_outcome, print_scores
 from b3_lightning.reports.record import RunRecord
 from b3_lightning.reports.wandb_mode import WandbMode, has_wandb_key, is_offline
+from b3_lightning.stopping import noted_signal
 from b3_lightning.terminal import quieten
 from b3_lightning.trainer import LOADING, B3Trainer
 from b3_lightning.verbs import TRAINER_COMMANDS, VERBS
@@ -205,7 +206,6 @@ class B3CLI(LightningCLI):
     def _checkpoints(self, others: list[Any]) -> list[ModelCheckpoint]:
         """The best by validation, where there is one, and the last; a run that is interrupted leaves its last too.
 
-        Not where weights are cut over the processes: they do not stop at the same moment, so none can gather the rest.
         None beside a ModelCheckpoint among the ``others``, which are set, nor where ``enable_checkpointing`` is off.
         """
         given = self._get(self.config_init, "trainer")
@@ -220,11 +220,9 @@ class B3CLI(LightningCLI):
                 raise ValueError(f"run.checkpoint_every_n_steps is without effect where {why}")
             return []
         folder = Path(self.run.dir) / "checkpoints"
-        strategy = given.get("strategy")
-        cut = strategy == FullyShardedStrategy.NAME or isinstance(strategy, FullyShardedStrategy)
         about: dict[str, Any] = {"dirpath": folder, "filename": "last", "enable_version_counter": False}
         checkpoints: list[ModelCheckpoint] = [
-            LastCheckpoint(**about, save_on_exception=not cut, save_on_train_epoch_end=True)
+            LastCheckpoint(**about, save_on_exception=True, save_on_train_epoch_end=True)
         ]
         if self.run.checkpoint_every_n_steps is not None:
             checkpoints.append(StepCheckpoint(**about, every_n_train_steps=self.run.checkpoint_every_n_steps))
@@ -247,11 +245,14 @@ class B3CLI(LightningCLI):
         self._record: RunRecord | None = None
         try:
             super()._run_subcommand(subcommand)
-        except SystemExit as end:  # Lightning's, after Ctrl-C or SIGTERM
+        except (KeyboardInterrupt, SystemExit) as end:
             if self.trainer.is_global_zero:
                 tell_interrupted(subcommand, Path(self.run.dir))
                 if isinstance(end, SIGTERMException):
-                    raise SystemExit(128 + signal.SIGTERM) from end  # it is 0: what waits for the run would go on
+                    # Lightning's is 0: what waits for the run would go on
+                    raise SystemExit(128 + (noted_signal(self.trainer) or signal.SIGTERM)) from end
+                if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's 1 in place of it
+                    raise end.__context__ from None
             raise
         finally:
             if self._record is not None:

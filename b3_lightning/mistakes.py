@@ -155,10 +155,12 @@ def check_monitors(trainer: L.Trainer, *, validates: bool) -> None:
 
 
 def tell_interrupted(subcommand: str, run: Path) -> None:
-    """Say how a run goes on that Ctrl-C or SIGTERM ended."""
+    """Say how a command goes on that Ctrl-C or SIGTERM ended."""
     last = last_checkpoint(run)
     if subcommand == "fit" and last is not None:
         log.warning("ended by a signal: --ckpt_path=%s goes on from there", last)
+    elif subcommand in ("mine", "plan"):
+        log.warning("ended by a signal: what was finished is kept, and the same command goes on from there")
 
 
 def tell_weights(ckpt_path: str | None, embedder: str | SmallEmbedder, run: Path, *, can_load: bool = True) -> None:

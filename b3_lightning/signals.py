@@ -33,8 +33,12 @@ sys.stderr.write(message + "\\n")
 
 
 @contextmanager
-def ends_at_once(message: str, *, others: Sequence[int] = (), tells: bool = True, due: bool = False) -> Iterator[None]:
+def ends_at_once(
+    message: str, *, others: Sequence[int] = (), tells: bool = True, due: int | None = None
+) -> Iterator[None]:
     """Let SIGTERM end this process within the block, whatever it is in the middle of, with the system's exit status.
+
+    Ctrl-C is a KeyboardInterrupt there, as anywhere in Python: where someone sits, a notebook may hold more than this.
 
     A handler in Python would not do: Python calls it between two steps of its own, and a process may be in one step for
     minutes (a partitioner, waiting for another process). So the system ends the process, and a small watcher says so,
@@ -44,7 +48,7 @@ def ends_at_once(message: str, *, others: Sequence[int] = (), tells: bool = True
         message: to say on standard error.
         others: ids of processes that this one started for the same work, which the watcher kills.
         tells: whether there is a watcher; without one, nothing is said and the ``others`` stay.
-        due: whether a SIGTERM came before, and was noted only: then the process ends here.
+        due: a signal that came before, and was noted only: it ends the process here.
     """
     if threading.current_thread() is not threading.main_thread():  # signals are not its business
         yield
@@ -55,12 +59,17 @@ def ends_at_once(message: str, *, others: Sequence[int] = (), tells: bool = True
         watcher = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     # the system spares the first process of a container, unless that has a handler
     before = signal.signal(signal.SIGTERM, _end if os.getpid() == 1 else signal.SIG_DFL)
+    interrupt = signal.getsignal(signal.SIGINT)
+    if callable(interrupt):  # else it is ignored, or ends the process
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        if due:
-            signal.raise_signal(signal.SIGTERM)
+        if due is not None:
+            signal.raise_signal(due)
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        if callable(interrupt):
+            signal.signal(signal.SIGINT, interrupt)
         if watcher is not None:
             watcher.kill()
             watcher.wait()
@@ -78,13 +87,13 @@ def _watch_parent(parent: int) -> None:
 
 
 def end_by_parent_alone(worker: int) -> None:
-    """Spare a process that loads data a SIGTERM that its whole group gets: the one that it loads for ends it in time.
+    """Spare a process that loads data a SIGTERM or Ctrl-C that its whole group gets: the one that it loads for ends it.
 
     Args:
         worker: its number; torch calls this as ``worker_init_fn``.
     """
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         threading.Thread(target=_heed_parent, args=(os.getppid(),), daemon=True).start()
 
 

@@ -31,8 +31,7 @@ def quieten() -> None:
 
 def _is_of_use(record: logging.LogRecord) -> bool:
     """Neither an advertisement, for which Lightning has no switch, nor what we say in words of a run that is ended."""
-    ended = ("An SIGTERMException was raised", "An KeyboardInterrupt was raised")
-    return not record.getMessage().startswith(("💡 Tip:", *ended))
+    return not record.getMessage().startswith(("💡 Tip:", "An SIGTERMException was raised"))
 
 
 def _hide_loading_bars() -> None:

@@ -19,6 +19,7 @@ from b3_lightning.mining.precision import cpu_computes_bfloat16
 from b3_lightning.mining.whatif import Questions
 from b3_lightning.model import ContrastiveModule
 from b3_lightning.reports.whatif import tell_what_if
+from b3_lightning.stopping import StopSignals, StopTogether
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ class B3Trainer(L.Trainer):
             kwargs.setdefault(name, value)
         super().__init__(**kwargs)
         suit(self.strategy)
+        self._signal_connector = StopSignals(self)
+        self.callbacks.insert(0, StopTogether())  # type: ignore[attr-defined]
         if self.is_global_zero and self.strategy.root_device.type == "cpu":
             _tell_slow_bfloat16(str(self.precision))
 

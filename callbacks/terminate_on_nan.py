@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.tensor import DTensor
 
 
@@ -37,7 +38,10 @@ class TerminateOnNaN(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # comes before those that would save: nothing may be raised here, nor asked of processes that may be gone
-        if count_broken(pl_module):
+        broken = count_broken(pl_module) > 0
+        if isinstance(exception, SIGTERMException):  # all stop, at the same place
+            broken = trainer.strategy.reduce_boolean_decision(broken, all=False)
+        if broken:
             for checkpoint in trainer.checkpoint_callbacks:
                 vars(checkpoint)["save_on_exception"] = False
 

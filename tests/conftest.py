@@ -124,3 +124,9 @@ def losses(run: Path) -> dict[int, str]:
     """Step -> training loss of a run, as written: equal where it is to the bit."""
     with (run / "metrics.csv").open(newline="") as file:
         return {int(row["step"]): row["train/loss"] for row in csv.DictReader(file) if row.get("train/loss")}
+
+
+def validations(run: Path) -> dict[int, str]:
+    """Step -> the validation's mean reciprocal rank, as written."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return {int(row["step"]): row["val/mrr"] for row in csv.DictReader(file) if row.get("val/mrr")}

@@ -31,6 +31,7 @@ LAYERS = (
     "signals",
     "mining",
     "checkpoints",
+    "stopping",
     "model",
     "data",
     "evaluation",

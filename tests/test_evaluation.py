@@ -394,8 +394,9 @@ def test_a_killed_run_goes_on_within_a_set(
     monkeypatch.setattr(collate, "prepare", counted)
     given = ["evaluate", "--suite", "sts", "--model", models["bert"], "--data", str(data), "--output", str(tmp_path)]
     given += ["--device", "cpu", "--wandb", "disabled", "--batch-size", "2"]
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as ended:
         main(given)
+    assert ended.value.code == 130
     main(given)
     assert sum(asked) == 24 + 2 + 2
 

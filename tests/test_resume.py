@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run, losses
+from conftest import Run, losses, validations
 
 from b3_lightning.checkpoints import BestCheckpoint, CheckedCheckpointIO
 from b3_lightning.cli import main
@@ -114,11 +114,6 @@ def test_what_max_steps_leaves_of_an_epoch_is_trained_on_later(
     assert found == {step: loss for step, loss in expected.items() if step >= 3}
 
 
-def _validations(run: Path) -> dict[int, str]:
-    with (run / "metrics.csv").open(newline="") as file:
-        return {int(row["step"]): row["val/mrr"] for row in csv.DictReader(file) if row.get("val/mrr")}
-
-
 def test_steps_that_validate_are_saved_once_they_have(
     shapes: Path, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,15 +134,15 @@ def test_steps_that_validate_are_saved_once_they_have(
         patch.setattr(CheckedCheckpointIO, "save_checkpoint", save)
         main(command)
     assert sorted(set(saved)) == [4, 6, 8, 12, 16, 18]
-    expected = _validations(tmp_path / "run")
+    expected = validations(tmp_path / "run")
     assert sorted(expected) == [3, 7, 11, 15]
     (tmp_path / "8.ckpt").rename(tmp_path / "run" / "checkpoints" / "last.ckpt")
     main([*command, f"--ckpt_path={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"])
     assert sorted(losses(tmp_path / "run")) == list(range(8, 18))
-    assert _validations(tmp_path / "run") == {step: value for step, value in expected.items() if step > 7}
+    assert validations(tmp_path / "run") == {step: value for step, value in expected.items() if step > 7}
 
 
-def test_steps_are_counted_on_after_an_interrupt_in_one_that_validates(
+def test_steps_are_counted_on_after_an_error_in_one_that_validates(
     shapes: Path, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = _constant(tmp_path / "run", shapes, models["bert"], "--trainer.val_check_interval=2")
@@ -155,16 +150,16 @@ def test_steps_are_counted_on_after_an_interrupt_in_one_that_validates(
 
     def until(self: ContrastiveModule, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         if self.trainer.global_step == 9:  # the 4th of an epoch, after which validation is due
-            raise KeyboardInterrupt
+            raise RuntimeError("on purpose")
         return step(self, batch, batch_idx)
 
     with monkeypatch.context() as patch:
         patch.setattr(ContrastiveModule, "training_step", until)
-        with pytest.raises(SystemExit):
+        with pytest.raises(RuntimeError, match="on purpose"):
             main(command)
     main([*command, f"--ckpt_path={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"])
     assert sorted(losses(tmp_path / "run")) == list(range(9, 18))
-    assert sorted(_validations(tmp_path / "run")) == [9, 11, 13, 15, 17]
+    assert sorted(validations(tmp_path / "run")) == [9, 11, 13, 15, 17]
 
 
 def test_a_run_that_was_moved_keeps_its_best_and_goes_on_as_the_settings_say(

@@ -214,15 +214,13 @@ def test_what_cannot_be_cut_is_refused(
         module.configure_model()
 
 
-@pytest.mark.parametrize(("strategy", "saves"), [("auto", True), ("fsdp2", False)])
-def test_a_run_that_fails_gathers_no_cut_weights_and_processes_wait_for_one_that_mines(
-    strategy: str, saves: bool, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
+def test_processes_wait_for_one_that_mines(
+    strategy: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found: list[bool] = []
     waits: list[timedelta] = []
 
     def before_fit(cli: B3CLI) -> None:
-        found.extend(vars(each)["save_on_exception"] for each in cli.trainer.checkpoint_callbacks)
         waits.append(cli.trainer.strategy._timeout)  # type: ignore[attr-defined]
         sys.exit(0)
 
@@ -235,8 +233,6 @@ def test_a_run_that_fails_gathers_no_cut_weights_and_processes_wait_for_one_that
                 "--trainer.accelerator=cpu", "--trainer.devices=2", f"--trainer.strategy={strategy}",
             ]
         )  # fmt: skip
-    assert any(found) == saves
-    assert found
     assert waits == [PATIENCE]
 
 

@@ -27,7 +27,7 @@ import ctypes, signal, subprocess, sys
 from b3_lightning.signals import ends_at_once
 signal.signal(signal.SIGTERM, lambda number, frame: None)  # as Lightning, which only takes a note
 other = subprocess.Popen(["sleep", "600"])
-with ends_at_once("the message", others=[other.pid], due=sys.argv[1] == "due"):
+with ends_at_once("the message", others=[other.pid], due=signal.SIGTERM if sys.argv[1] == "due" else None):
     print("ready", flush=True)
     ctypes.PyDLL(None).sleep(600)  # as a partitioner does, it keeps every thread of Python waiting
 """
@@ -93,6 +93,7 @@ class Slow(list):
         time.sleep(0.2)
         return row
 loader = DataLoader(Slow(range(12)), num_workers=2, prefetch_factor=1, worker_init_fn=end_by_parent_alone)
+signal.signal(signal.SIGINT, lambda number, frame: None)
 for batch in loader:
     print(int(batch), flush=True)
 iterator = iter(loader)
@@ -155,9 +156,12 @@ def test_a_process_ends_with_the_one_that_started_it(monkeypatch: pytest.MonkeyP
 def test_who_loads_data_is_spared_the_signal_of_its_group_and_ends_by_that_of_its_parent() -> None:
     with _started("-c", LOADS) as process:
         assert process.stdout is not None
+        assert process.stderr is not None
         assert process.stdout.readline() == "0\n"
-        os.killpg(process.pid, signal.SIGTERM)
-        output, errors = process.communicate(timeout=60)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.killpg(process.pid, number)
+        # of the same reader, which may have taken the next line with the first
+        output, errors = process.stdout.read(), process.stderr.read()
     assert (output.split(), errors) == ([*map(str, range(1, 12)), "0", "0"], "")
 
 
@@ -210,6 +214,34 @@ def test_all_mining_is_ended_at_once_and_training_as_lightning_does_it(
     assert handlers == [signal.SIG_DFL] * 3
     assert written[:2] == [False, True]
     assert {type(handler).__name__ for handler in trains} == {"_HandlersCompose"}
+
+
+def test_ctrl_c_while_mining_is_no_traceback_and_says_how_to_go_on(
+    fit: Run, models: dict[str, str], shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    def interrupted(*given: Any, **about: Any) -> None:
+        handlers.append(signal.getsignal(signal.SIGINT))
+        raise KeyboardInterrupt
+
+    handlers: list[Any] = []
+    monkeypatch.setattr(miner, "mine", interrupted)
+    settings = [
+        f"--model.embedder={models['bert']}", f"--data.teacher={models['bert']}", "--trainer.accelerator=cpu",
+        "--trainer.devices=1", f"--data.train_pairs={shapes / 'text-text.parquet'}", "--data.mining.n_ranks=10",
+    ]  # fmt: skip
+    before = signal.signal(signal.SIGINT, lambda number, frame: None)  # as in training, where a note is taken
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main(["mine", f"--output={tmp_path / 'plan'}", f"--run.dir={tmp_path / 'mine'}", *settings])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 130
+    assert handlers == [signal.default_int_handler]
+    assert "what was finished is kept, and the same command goes on from there" in caplog.text
+    with pytest.raises(SystemExit) as ended:
+        fit("text-text", *settings, "--remine.enabled=true")
+    assert ended.value.code == 130
 
 
 def test_two_processes_end_and_the_same_command_goes_on(

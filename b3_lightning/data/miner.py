@@ -30,6 +30,7 @@ from b3_lightning.mining.store import sha256
 from b3_lightning.mining.whatif import Questions, TaskAnswer, what_if
 from b3_lightning.progress import StageProgress
 from b3_lightning.signals import ends_at_once
+from b3_lightning.stopping import noted_signal
 from b3_lightning.types import Embeddings
 
 log = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ class PairMiner:
             f"ended by a signal while mining; what was finished is kept, and {how} from there",
             others=[process.pid for process in getattr(trainer.strategy.launcher, "procs", [])],
             tells=trainer.local_rank == 0,
-            due=trainer.received_sigterm,
+            due=noted_signal(trainer),
         )
 
     def new_plan(self, folder: Path, request: MiningRequest, *, in_use: str | None) -> NewPlan | None:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from b3_lightning.checkpoints import check_weights
+from b3_lightning.checkpoints import begin_validation_anew, check_weights
 from b3_lightning.model.contrast import contrast_batch
 from b3_lightning.model.distributed import average_gradients, world_size
 from b3_lightning.model.embedder import (
@@ -95,6 +95,7 @@ class ContrastiveModule(L.LightningModule):
         self._seed: int | None = None
         self._total_steps: int | None = None
         self._lacks_vocabulary = False
+        self._validates = False
 
     @property
     def embedder(self) -> SentenceTransformer:
@@ -185,6 +186,7 @@ class ContrastiveModule(L.LightningModule):
         return F.normalize(vector_PD[order_P].to(torch.promote_types(vector_PD.dtype, torch.float32)), dim=1)
 
     def on_train_start(self) -> None:
+        self._validates = False
         n_weights = sum(weight.numel() for weight in self.parameters())
         n_trained = sum(weight.numel() for weight in self.parameters() if weight.requires_grad)
         part = "all" if n_trained == n_weights else f"{n_trained:,} of them"
@@ -275,11 +277,13 @@ class ContrastiveModule(L.LightningModule):
         collect_weights(self.embedder)
 
     def on_validation_epoch_start(self) -> None:
+        self._validates = True
         self._begin_evaluation()
 
     def on_validation_epoch_end(self) -> None:
         drop_weights(self.embedder)
         self._log_metrics("val")
+        self._validates = False
 
     def on_test_epoch_start(self) -> None:
         self._begin_evaluation()
@@ -322,6 +326,7 @@ class ContrastiveModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["b3_vocabulary"] = small_vocabulary(self.embedder)
         checkpoint["b3_seed"] = self._seed
+        checkpoint["b3_validates"] = self._validates
         checkpoint["b3_optim"] = asdict(self.optim)
         if self.lora is not None:
             frozen = self._frozen()
@@ -336,9 +341,7 @@ class ContrastiveModule(L.LightningModule):
             # what was done may have been counted otherwise: by other epochs, or gradients of fewer batches added up
             self._total_steps = data.total_steps(checkpoint)
             self.optim.put_into(checkpoint, self._total_steps)
-        # a validation that was cut short begins anew: Lightning would go on in its middle, without the targets before
-        for count in _validation_progress(checkpoint):
-            count.update(dict.fromkeys(count, 0))
+        begin_validation_anew(checkpoint, cut_short=checkpoint.get("b3_validates", False))
         self._seed = checkpoint.get("b3_seed")
         self.prepare_for(checkpoint)
 
@@ -373,9 +376,3 @@ class ContrastiveModule(L.LightningModule):
 
     def _frozen(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
-
-
-def _validation_progress(checkpoint: dict[str, Any]) -> list[dict[str, int]]:
-    loop = checkpoint.get("loops", {}).get("fit_loop", {})
-    progress = loop.get("epoch_loop.val_loop.batch_progress", {})
-    return [progress["current"]] if "current" in progress else []

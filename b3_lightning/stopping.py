@@ -1,0 +1,98 @@
+"""How a training is stopped: by SIGTERM or Ctrl-C, after a whole step, by all processes at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.distributed import ReduceOp
+
+from b3_lightning.checkpoints import validates_after
+
+
+class StopSignals(_SignalConnector):
+    """Takes a note of SIGTERM, and of the first Ctrl-C, while a model is trained; ``StopTogether`` heeds it.
+
+    In place of Lightning's handler, which sends a message to the other processes from the middle of whatever its own
+    is doing. Where all get the signal, as from SLURM, ``torchrun`` or a terminal, such messages cross with those of the
+    training, and the processes wait for each other or abort.
+
+    Whatever else a trainer does holds nothing worth saving: there signals end it at once.
+    """
+
+    noted: int | None = None
+    """The signal that is not heeded yet, or was."""
+
+    def register_signal_handlers(self) -> None:
+        self.noted = None
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            self.received_sigterm = False
+            return
+        super().register_signal_handlers()
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, or another's
+            self._register_signal(signal.SIGINT, self._on_interrupt)
+
+    def _sigterm_notifier_fn(self, number: int, frame: FrameType | None) -> None:
+        self._note(number)
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self.noted is not None:
+            signal.default_int_handler(number, frame)
+        self._note(number)
+
+    def _note(self, number: int) -> None:
+        if self.noted is None and self.trainer.is_global_zero:
+            again = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
+            said = f"\n{signal.Signals(number).name}: the run ends after this step{again}\n"
+            os.write(2, said.encode())  # a stream may be in the middle of a line, and refuse another one
+        self.noted = number
+
+
+class StopTogether(Callback):
+    """Ends a training that got a signal where all processes are at the same place, from which it can go on exactly.
+
+    That is after an optimiser step, or after a batch of the validation which follows one; whichever process got it.
+    """
+
+    def __init__(self) -> None:
+        self._n_common = 0
+        """Batches that every process has yet to validate before the first of them has its last."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        within_step = (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch
+        ends_anyway = trainer.should_stop and trainer.fit_loop._can_stop_early  # with a validation
+        if not (within_step or ends_anyway or validates_after(trainer, batch_idx)):
+            _agree(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._n_common = 0
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            n_batches = torch.tensor(sum(map(int, trainer.num_val_batches)), device=trainer.strategy.root_device)
+            self._n_common = int(trainer.strategy.reduce(n_batches, reduce_op=ReduceOp.MIN)) - 1  # type: ignore[arg-type]
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self._n_common > 0:
+            self._n_common -= 1
+            _agree(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            _agree(trainer)
+
+
+def noted_signal(trainer: Trainer) -> int | None:
+    """The signal that a training is to end by, but does not yet."""
+    return getattr(trainer._signal_connector, "noted", None)
+
+
+def _agree(trainer: Trainer) -> None:
+    signals = trainer._signal_connector
+    signals.received_sigterm = trainer.strategy.reduce_boolean_decision(noted_signal(trainer) is not None, all=False)
