@@ -41,7 +41,15 @@ from b3_lightning.checkpoints import (
 from b3_lightning.console import open_console
 from b3_lightning.data import PairsDataModule
 from b3_lightning.mining.store import check_folder
-from b3_lightning.mistakes import Parser, check_devices, check_monitors, tell_idle, tell_interrupted, tell_weights
+from b3_lightning.mistakes import (
+    Parser,
+    check_devices,
+    check_monitors,
+    check_peers,
+    tell_idle,
+    tell_interrupted,
+    tell_weights,
+)
 from b3_lightning.model import ContrastiveModule, FullyShardedStrategy
 from b3_lightning.model.embedder import SmallEmbedder
 from b3_lightning.options import COMMAND
@@ -253,6 +261,9 @@ class B3CLI(LightningCLI):
                     raise SystemExit(128 + (noted_signal(self.trainer) or signal.SIGTERM)) from end
                 if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's 1 in place of it
                     raise end.__context__ from None
+            raise
+        except RuntimeError as error:
+            check_peers(subcommand, self.trainer, Path(self.run.dir), error)
             raise
         finally:
             if self._record is not None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any, NoReturn
 import lightning as L
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
+from torch.distributed import DistError
 
 from b3_lightning.callbacks import Remine
 from b3_lightning.callbacks.export import is_export
@@ -154,13 +158,45 @@ def check_monitors(trainer: L.Trainer, *, validates: bool) -> None:
             raise ValueError(f"{type(callback).__name__} monitors {name}: {there}")
 
 
+def check_peers(subcommand: str, trainer: L.Trainer, run: Path, error: RuntimeError) -> None:
+    """Where the error is that another process, which this one started, is gone: name that one in place of it.
+
+    Raises:
+        ChildProcessError: with how to go on.
+    """
+    processes: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
+    if not processes or not (isinstance(error, DistError) or "gloo" in str(error)):
+        return
+    deadline = time.monotonic() + 2  # its connection breaks before the system counts it as ended
+    while time.monotonic() < deadline and not any(process.poll() for process in processes):
+        time.sleep(0.05)
+    gone = [(process.returncode > 0, rank, process.returncode)
+            for rank, process in enumerate(processes, start=1) if process.returncode]  # fmt: skip
+    if not gone:
+        return
+    _, rank, status = min(gone)  # by a signal, before those that failed without it
+    how = "failed, and said why" if status > 0 else f"was ended by {signal.Signals(-status).name}"
+    memory = ", as the system does where memory runs out" if -status == signal.SIGKILL else ""
+    goes_on = _goes_on(subcommand, run)
+    raise ChildProcessError(
+        f"the process of rank {rank}, of {len(processes) + 1}, {how}{memory}{f'; {goes_on}' if goes_on else ''}"
+    ) from error
+
+
 def tell_interrupted(subcommand: str, run: Path) -> None:
     """Say how a command goes on that Ctrl-C or SIGTERM ended."""
+    goes_on = _goes_on(subcommand, run)
+    if goes_on is not None:
+        log.warning("ended by a signal: %s", goes_on)
+
+
+def _goes_on(subcommand: str, run: Path) -> str | None:
     last = last_checkpoint(run)
     if subcommand == "fit" and last is not None:
-        log.warning("ended by a signal: --ckpt_path=%s goes on from there", last)
-    elif subcommand in ("mine", "plan"):
-        log.warning("ended by a signal: what was finished is kept, and the same command goes on from there")
+        return f"--ckpt_path={last} goes on from there"
+    if subcommand in ("mine", "plan"):
+        return "what was finished is kept, and the same command goes on from there"
+    return None
 
 
 def tell_weights(ckpt_path: str | None, embedder: str | SmallEmbedder, run: Path, *, can_load: bool = True) -> None:

@@ -124,6 +124,40 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, capfd: pytest.CaptureFixtu
         signal.signal(signal.SIGINT, before)
 
 
+KILLED = """
+import os, signal
+from b3_lightning.cli import main
+from b3_lightning.model import ContrastiveModule
+step = ContrastiveModule.training_step
+def killed(self, batch, batch_idx):
+    if self.global_rank == 1 and self.trainer.global_step == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, batch, batch_idx)
+ContrastiveModule.training_step = killed
+main()
+"""
+
+
+def test_where_another_process_was_killed_it_is_named_and_how_to_go_on(
+    tmp_path: Path, shapes: Path, models: dict[str, str]
+) -> None:
+    (tmp_path / "script.py").write_text(KILLED)
+    arguments = [
+        "fit", *_settings(models["bert"]), "--run.wandb=disabled", "--run.dir=run", "--data.batch_size=16",
+        f"--data.train_pairs={shapes / 'text-text.parquet'}", "--trainer.accelerator=cpu", "--trainer.devices=2",
+        "--trainer.max_epochs=2", "--trainer.enable_progress_bar=false",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "script.py", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=150
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.endswith(
+        "error: the process of rank 1, of 2, was ended by SIGKILL, as the system does where memory runs out; "
+        "--ckpt_path=run/checkpoints/last.ckpt goes on from there\n"
+    )
+
+
 @pytest.mark.parametrize(("strategy", "number"), [("ddp", signal.SIGTERM), ("fsdp2", signal.SIGINT)])
 def test_two_processes_that_all_get_a_signal_end_after_the_same_step(
     strategy: str, number: signal.Signals, tmp_path: Path, shapes: Path, models: dict[str, str]
