@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,11 @@ from b3_lightning.callbacks import MiningReport
 from b3_lightning.console import open_console
 from b3_lightning.data import PairsDataModule
 from b3_lightning.mining import PATIENCE, MinedPlan
-from b3_lightning.mining.precision import cpu_computes_bfloat16
+from b3_lightning.mining.precision import tell_slow_bfloat16
 from b3_lightning.mining.whatif import Questions
 from b3_lightning.model import ContrastiveModule
 from b3_lightning.reports.whatif import tell_what_if
 from b3_lightning.stopping import StopSignals, StopTogether
-
-log = logging.getLogger(__name__)
 
 LOADING: dict[str, Any] = {"reload_dataloaders_every_n_epochs": 1, "use_distributed_sampler": False}
 """Every epoch has batches of its own, and they come shared out over the processes."""
@@ -39,20 +36,13 @@ def suit(strategy: Strategy) -> None:
         strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
 
 
-def _tell_slow_bfloat16(precision: str) -> None:
-    if precision.startswith("bf16") and not cpu_computes_bfloat16():
-        log.warning(
-            "trainer.precision=%s: this processor has no instructions for bfloat16, and takes several times as long as "
-            "with --trainer.precision=32-true, for training and for the teacher", precision,
-        )  # fmt: skip
-
-
 class B3Trainer(L.Trainer):
     """Lightning's Trainer, which also mines without training.
 
     Its defaults let every epoch have batches of its own: ``reload_dataloaders_every_n_epochs=1`` and
     ``use_distributed_sampler=False``, with which ``lightning.Trainer`` trains on mined batches too. Under DDP it looks
     for weights that take no part, and its processes wait for one that mines, unless the strategy says otherwise.
+    SIGTERM or Ctrl-C end a training after an optimiser step, in all processes.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -62,8 +52,9 @@ class B3Trainer(L.Trainer):
         suit(self.strategy)
         self._signal_connector = StopSignals(self)
         self.callbacks.insert(0, StopTogether())  # type: ignore[attr-defined]
-        if self.is_global_zero and self.strategy.root_device.type == "cpu":
-            _tell_slow_bfloat16(str(self.precision))
+        if self.is_global_zero and str(self.precision).startswith("bf16"):
+            name = "trainer.precision"
+            tell_slow_bfloat16(self.strategy.root_device, f"{name}={self.precision}", f"--{name}=32-true")
 
     def mine(self, model: ContrastiveModule, datamodule: PairsDataModule, output: str) -> MinedPlan | None:
         """Mine the training pairs into a plan and write it with a report.

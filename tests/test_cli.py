@@ -31,6 +31,7 @@ SMALL = "--model.embedder={hidden_sizes: [8, 16], image_size: 32}"
 
 def command(*args: str, cwd: Path, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONWARNINGS": "default", "COLUMNS": "120"}
+    environment.pop("WANDB_SERVICE", None)  # of a W&B run in this process: its service would write the other's file
     return subprocess.run(
         [sys.executable, "-m", "b3_lightning", *args],
         cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout,
@@ -145,6 +146,13 @@ def test_a_run_without_checkpoints_exports_its_last_weights(fit: Run, models: di
     run = fit("text-text", *settings, "--trainer.enable_checkpointing=false")
     assert not list(run.rglob("*.ckpt"))
     assert (run / "export" / "modules.json").is_file()
+
+
+def test_a_run_that_only_tries_names_nothing_that_is_not_there(
+    fit: Run, models: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fit("text-text", f"--model.embedder={models['bert']}", "--data.batches=random", "--trainer.fast_dev_run=true")
+    assert f"run      {run}  (config.yaml)\n" in capsys.readouterr().out
 
 
 def test_two_processes_train_on_one_plan(tmp_path: Path, shapes: Path) -> None:

@@ -458,7 +458,11 @@ def test_clip_takes_image_and_text_only_fused(data: Path, models: dict[str, str]
         (["--against", "absent.json"], "no results absent.json"),
         (["--batch-size", "0"], "--batch_size 0 must be above 0"),
         (["--model", "./absent"], "--model ./absent is no folder"),
-        (["--model", "run"], "--model run is the folder of a run; its model is --model run/export"),
+        (["--model", "run"], "run holds no model: that of its run is run/export"),
+        (["--model", "run/checkpoints"], "run/checkpoints holds no model: that of its run is run/export"),
+        (["--model", "unfinished"], "unfinished holds no model: it is of a run, whose export .*fit --ckpt_path=last"),
+        (["--model", "."], r"\. holds no model: none of modules\.json, config\.json, adapter_config\.json is there"),
+        (["--dtype", "foo"], "dtype=foo must be bfloat16, float16, float32 or auto"),
         (["--device", "nope"], "--device nope cannot be used"),
         (["--output", "file"], "file is a file"),
         (["--num_workers=-1"], "--num_workers -1 not negative"),
@@ -468,7 +472,10 @@ def test_mistakes_are_told_before_a_model_is_loaded(
     arguments: list[str], message: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run" / "export").mkdir(parents=True)
+    for folder in ("run/export", "run/checkpoints", "unfinished/checkpoints"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "run" / "export" / "modules.json").touch()
+    (tmp_path / "unfinished" / "config.yaml").touch()
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match=message):
         main(["evaluate", "--suite", "mmeb", "--model", "./none", "--data", str(data), *arguments])

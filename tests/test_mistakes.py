@@ -141,7 +141,7 @@ data:
             ["--trainer.max_time=00:00:01:00", "--trainer.max_epochs=-1"],
             "schedule=linear, model.optim.warmup_frac=0.1: .*Set one of them .max_time may end the run before., or",
         ),
-        (["--model.load.dtype=bf16"], "load.dtype=bf16 must be bfloat16, float16, float32 or auto"),
+        (["--model.load.dtype=bf16"], " dtype=bf16 must be bfloat16, float16, float32 or auto"),
         (
             ["--model.lora.target_modules=[q_prj]"],
             r"target_modules=\['q_prj'\]: .* none of these layers; it has .*query",

@@ -20,7 +20,8 @@ from b3_lightning import B3Trainer, ContrastiveModule, PairsDataModule
 from b3_lightning.callbacks import Export
 from b3_lightning.checkpoints import BestCheckpoint, CheckedCheckpointIO, LastCheckpoint
 from b3_lightning.data import checks
-from b3_lightning.model import OptimSettings, SmallEmbedder
+from b3_lightning.evaluation.encode import EvalModel
+from b3_lightning.model import LoadSettings, OptimSettings, SmallEmbedder
 
 PAGE = Path(__file__).parents[1] / "docs" / "api" / "trainer.md"
 QUIET: dict[str, Any] = {
@@ -180,3 +181,13 @@ def test_a_processor_that_has_no_bfloat16_is_told_of(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     B3Trainer(**QUIET, precision=precision)
     assert ("has no instructions for bfloat16" in caplog.text) == told
+
+
+def test_evaluate_tells_of_it_too(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", "amx_bf16": False})
+    EvalModel.load(models["bert"], LoadSettings(), torch.device("cpu"))
+    assert not caplog.text
+    EvalModel.load(models["bert"], LoadSettings(dtype="bfloat16"), torch.device("cpu"))
+    assert "--dtype bfloat16: this processor has no instructions for bfloat16" in caplog.text

@@ -220,6 +220,9 @@ def test_a_start_that_trains_nothing_leaves_the_run_as_it_was(
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     record = [run / "config.yaml", run / "metrics.csv"]
     before = [path.read_text() for path in record]
+    unfinished = [run / ".metrics.csv.1.tmp", run / "checkpoints" / ".last.ckpt.1.tmp"]  # of a process that was killed
+    for path in unfinished:
+        path.touch()
     for settings in (["--data.batch_size=8"], ["--trainer.max_epochs=9", "--data.plan=absent"], []):
         again = [*_command(run, shapes, models["bert"]), "--ckpt_path=last", *settings]
         if settings:
@@ -230,6 +233,7 @@ def test_a_start_that_trains_nothing_leaves_the_run_as_it_was(
             assert "nothing was left to train (trainer.max_epochs=" in capsys.readouterr().out
         assert [path.read_text() for path in record] == before
         assert not list(run.glob("metrics-until-*.csv"))
+    assert not any(path.exists() for path in unfinished)
 
 
 def test_a_plan_that_was_changed_is_refused(fit: Run, models: dict[str, str]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from b3_lightning.data.teacher import Embed, Encoding, encode_items, encoder_fingerprint, teacher_embed
 from b3_lightning.evaluation.sets import EvalSet
 from b3_lightning.mining import PATIENCE, Processes, Progress, Stages, fingerprint
+from b3_lightning.mining.precision import tell_slow_bfloat16
 from b3_lightning.model.embedder import LoadSettings, check_supports, load_embedder
 from b3_lightning.model.fused import FusedEmbedder
 
@@ -52,6 +53,8 @@ class EvalModel:
         """
         if path.startswith((".", "/", "~")) and not Path(path).is_dir():
             raise FileNotFoundError(f"--model {path} is no folder (looked from {Path.cwd()})")
+        if load.dtype == "bfloat16":
+            tell_slow_bfloat16(device, "--dtype bfloat16", "float32")
         embedder: Any = load_embedder(path, load, None)
         if fuse and not embedder.supports(_BOTH):
             embedder = FusedEmbedder(embedder)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+log = logging.getLogger(__name__)
 
 
 def full_float32(device: torch.device) -> bool:
@@ -23,6 +26,16 @@ def cpu_computes_bfloat16() -> bool:
     Without them a product in bfloat16 takes several times as long as in float32, and gains nothing but memory.
     """
     return any(there for name, there in torch.cpu.get_capabilities().items() if "bf16" in name)
+
+
+def tell_slow_bfloat16(device: torch.device, setting: str, otherwise: str) -> None:
+    """Warn of a setting that asks for bfloat16 where the processor lacks it, and name the one for float32."""
+    if device.type == "cpu" and not cpu_computes_bfloat16():
+        log.warning(
+            "%s: this processor has no instructions for bfloat16, and takes several times as long as with %s",
+            setting,
+            otherwise,
+        )
 
 
 @contextmanager

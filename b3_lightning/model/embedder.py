@@ -131,7 +131,7 @@ class LoadSettings:
         if self.max_seq_length is not None and self.max_seq_length < 1:
             raise ValueError(f"max_seq_length={self.max_seq_length} must be at least 1")
         if self.dtype not in (None, "auto") and not isinstance(getattr(torch, str(self.dtype), None), torch.dtype):
-            raise ValueError(f"load.dtype={self.dtype} must be bfloat16, float16, float32 or auto")
+            raise ValueError(f"dtype={self.dtype} must be bfloat16, float16, float32 or auto")
 
     def for_teacher(self, *, same_model: bool, precision: str) -> LoadSettings:
         """How a teacher is loaded where nothing else is said.
@@ -160,8 +160,13 @@ class LoraSettings:
     target_modules: list[str] | str = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
 
 
+_MODEL_FILES = ("modules.json", "config.json", "adapter_config.json")
+"""Of sentence-transformers, transformers and peft: a folder with none of them is no model."""
+
+
 def load_embedder(path: str, load: LoadSettings, lora: LoraSettings | None) -> SentenceTransformer:
     """Load from a folder or a hub name, with unit-norm embeddings and, where asked for, a LoRA adapter."""
+    _check_holds_model(Path(path))
     model = _load(path, load)
     complete_adapter(model, path, load.revision)
     if not isinstance(model[-1], Normalize):
@@ -178,6 +183,23 @@ def load_embedder(path: str, load: LoadSettings, lora: LoraSettings | None) -> S
     if load.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def _check_holds_model(folder: Path) -> None:
+    """Refuse a folder without a model, such as a run's, before libraries guess at what it may be."""
+    if not folder.is_dir() or _is_model(folder):
+        return
+    export = next((place for place in (folder / "export", folder.parent / "export") if _is_model(place)), None)
+    hint = f"none of {', '.join(_MODEL_FILES)} is there"
+    if export is not None:
+        hint = f"that of its run is {export}"
+    elif (folder / "config.yaml").is_file() or (folder.parent / "config.yaml").is_file():
+        hint = "it is of a run, whose export folder is written when it ends: go on with it (fit --ckpt_path=last)"
+    raise ValueError(f"{folder} holds no model: {hint}")
+
+
+def _is_model(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _MODEL_FILES)
 
 
 def _load(path: str, load: LoadSettings) -> SentenceTransformer:

@@ -42,7 +42,8 @@ def print_outcome(trainer: L.Trainer, folder: Path, *, trained: bool, offline: b
             soft_wrap=True,
         )
     say = partial(console.print, soft_wrap=True)  # paths and commands are copied: the terminal may break them, no line
-    say(f"run      {folder}  (config.yaml, metrics.csv, checkpoints)")
+    there = [name for name in ("config.yaml", "metrics.csv", "checkpoints") if (folder / name).exists()]
+    say(f"run      {folder}  ({', '.join(there)})")
     which = "last" if best_checkpoint(trainer) is None else "best"
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]
         say(f"export   {folder / 'export'}  (the {which} weights; SentenceTransformer loads it)")

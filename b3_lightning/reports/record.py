@@ -32,7 +32,12 @@ class RunRecord:
             )
 
     def begin(self, settings: str) -> None:
-        """Write ``config.yaml``, and put the metrics of the start before aside: Lightning's logger begins them anew."""
+        """Write ``config.yaml``, and put the metrics of the start before aside: Lightning's logger begins them anew.
+
+        What a process that was killed had begun to write is removed.
+        """
+        for unfinished in [*self._folder.glob(".*.tmp"), *(self._folder / "checkpoints").glob(".*.tmp")]:
+            unfinished.unlink()
         if self._config.is_file():
             self._before = self._config.read_text(encoding="utf-8")
         write_text(self._config, settings)

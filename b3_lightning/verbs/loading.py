@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from b3_lightning.evaluation.encode import EvalModel, device_of
@@ -25,9 +24,6 @@ def add_loading(group: Any) -> None:
 def load_model(given: argparse.Namespace, *, fuse: bool = False) -> EvalModel:
     """``--model``, loaded by those settings that the verb has as options."""
     quieten()
-    export = Path(given.model) / "export"
-    if export.is_dir() and not list(Path(given.model).glob("*.json")):
-        raise ValueError(f"--model {given.model} is the folder of a run; its model is --model {export}")
     names = (field.name for field in fields(LoadSettings))
     settings = {name: getattr(given, name) for name in names if hasattr(given, name)}
     return EvalModel.load(given.model, LoadSettings(**settings), device_of(given.device), fuse=fuse)
