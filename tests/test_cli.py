@@ -189,6 +189,7 @@ def test_an_error_in_one_of_two_processes_ends_both_and_is_told(tmp_path: Path) 
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "the image 7.png under" in done.stderr
+    assert done.stderr.endswith("error: the process of rank 1, of 2, failed, and said why\n")
 
 
 def test_mining_by_two_processes_gives_the_plan_of_one_and_is_reused(
