@@ -131,11 +131,21 @@ class StepCheckpoint(_WithinEpoch):
 def validates_after(trainer: Trainer, batch_idx: int) -> bool:
     """Whether a validation follows this batch; batches are counted over epochs without ``check_val_every_n_epoch``."""
     every, every_n_epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
-    if not isinstance(every, int) or not any(trainer.num_val_batches):
+    if not isinstance(every, int):
         return False
     if every_n_epochs is None:
-        return (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % every == 0
-    return (trainer.current_epoch + 1) % every_n_epochs == 0 and (batch_idx + 1) % every == 0
+        due = (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % every == 0
+    else:
+        due = (trainer.current_epoch + 1) % every_n_epochs == 0 and (batch_idx + 1) % every == 0
+    return due and _has_validation(trainer)
+
+
+def _has_validation(trainer: Trainer) -> bool:
+    if trainer.val_dataloaders is not None:
+        return any(trainer.num_val_batches)
+    # Lightning asks for the data in the first epoch that validates, when it does
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    return trainer.enable_validation and bool(data.val_dataloader())
 
 
 class CheckedCheckpointIO(TorchCheckpointIO):

@@ -17,7 +17,7 @@ import pytest
 from conftest import Run, losses, validations
 from lightning.pytorch.trainer.states import TrainerFn
 
-from b3_lightning.checkpoints import CheckedCheckpointIO
+from b3_lightning.checkpoints import CheckedCheckpointIO, validates_after
 from b3_lightning.mistakes import check_peers
 from b3_lightning.model import ContrastiveModule
 from b3_lightning.stopping import StopSignals
@@ -112,6 +112,28 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_losses_and_validations(
     all_losses, all_validations = wholes[settings]
     assert losses(run) == {at: loss for at, loss in all_losses.items() if at >= goes_on_at}
     assert {**before, **validations(run)} == all_validations
+
+
+@pytest.mark.parametrize(
+    ("epoch", "loaded", "n_batches", "pairs", "expected"),
+    [
+        (1, None, [], ["pairs"], True),  # Lightning has not asked for them yet
+        (1, None, [], [], False),
+        (1, [], [], [], False),
+        (1, ["pairs"], [3], ["pairs"], True),
+        (1, ["pairs"], [0], ["pairs"], False),
+        (0, ["pairs"], [3], ["pairs"], False),
+    ],
+)
+def test_a_validation_is_foreseen_before_the_first_one_too(
+    epoch: int, loaded: Any, n_batches: list[int], pairs: list[str], expected: bool
+) -> None:
+    trainer: Any = SimpleNamespace(
+        val_check_batch=4, check_val_every_n_epoch=2, current_epoch=epoch, val_dataloaders=loaded,
+        num_val_batches=n_batches, enable_validation=True, datamodule=SimpleNamespace(val_dataloader=lambda: pairs),
+    )  # fmt: skip
+    assert validates_after(trainer, 3) == expected
+    assert not validates_after(trainer, 2)
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -35,7 +35,7 @@ _PART_FORMAT = "1"
 _BYTES_AT_ONCE = 2**26
 
 
-class PeerError(RuntimeError):
+class PeerError(ChildProcessError):
     """Another process failed in work that all share."""
 
 
