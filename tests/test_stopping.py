@@ -73,6 +73,7 @@ def wholes() -> dict[tuple[str, ...], tuple[dict[int, str], dict[int, str]]]:
         (_terminate, "validation_step", 6, 2, 6, ()),
         (_terminate, "validation_step", 6, 6, 6, ()),
         (_fail, "validation_step", 6, 2, 6, ()),
+        (_fail, "on_validation_model_eval", 6, 1, 6, ()),
         (_fail, "on_validation_epoch_end", 6, 1, 6, ()),
         (_terminate, "validation_step", 2, 3, 2, ("--trainer.val_check_interval=2",)),
     ],

@@ -95,7 +95,7 @@ class ContrastiveModule(L.LightningModule):
         self._seed: int | None = None
         self._total_steps: int | None = None
         self._lacks_vocabulary = False
-        self._validates = False
+        self._validated = False  # since the last step
 
     @property
     def embedder(self) -> SentenceTransformer:
@@ -186,7 +186,6 @@ class ContrastiveModule(L.LightningModule):
         return F.normalize(vector_PD[order_P].to(torch.promote_types(vector_PD.dtype, torch.float32)), dim=1)
 
     def on_train_start(self) -> None:
-        self._validates = False
         n_weights = sum(weight.numel() for weight in self.parameters())
         n_trained = sum(weight.numel() for weight in self.parameters() if weight.requires_grad)
         part = "all" if n_trained == n_weights else f"{n_trained:,} of them"
@@ -198,6 +197,7 @@ class ContrastiveModule(L.LightningModule):
                 model.require_backward_grad_sync = False
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._validated = False
         # what loggers call the step: after an interrupt in a step that validates, Lightning counts one too many
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
         # what dropout draws depends on the step alone, so that a resumed run repeats it; each process draws its own
@@ -277,13 +277,12 @@ class ContrastiveModule(L.LightningModule):
         collect_weights(self.embedder)
 
     def on_validation_epoch_start(self) -> None:
-        self._validates = True
         self._begin_evaluation()
 
     def on_validation_epoch_end(self) -> None:
         drop_weights(self.embedder)
         self._log_metrics("val")
-        self._validates = False
+        self._validated = True
 
     def on_test_epoch_start(self) -> None:
         self._begin_evaluation()
@@ -326,7 +325,7 @@ class ContrastiveModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["b3_vocabulary"] = small_vocabulary(self.embedder)
         checkpoint["b3_seed"] = self._seed
-        checkpoint["b3_validates"] = self._validates
+        checkpoint["b3_validates"] = self.trainer.validating and not self._validated
         checkpoint["b3_optim"] = asdict(self.optim)
         if self.lora is not None:
             frozen = self._frozen()
