@@ -87,7 +87,7 @@ class LastCheckpoint(_WithinEpoch):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # the save at the epoch's end leaves itself out where the step is the same
-        self._waits = self._ends_within_epoch(trainer) and validates_after(trainer, batch_idx)
+        self._waits = self._ends_within_epoch(trainer) and _validates_after(trainer, batch_idx)
         if self._ends_within_epoch(trainer) and not self._waits:
             self._save(trainer)
 
@@ -122,13 +122,13 @@ class StepCheckpoint(_WithinEpoch):
         within_step = (batch_idx + 1) % trainer.accumulate_grad_batches
         if trainer.is_last_batch or within_step:
             return
-        if validates_after(trainer, batch_idx):
+        if _validates_after(trainer, batch_idx):
             self._waits = trainer.global_step % self._every_n_train_steps == 0
         else:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
-def validates_after(trainer: Trainer, batch_idx: int) -> bool:
+def _validates_after(trainer: Trainer, batch_idx: int) -> bool:
     """Whether a validation follows this batch; batches are counted over epochs without ``check_val_every_n_epoch``."""
     every, every_n_epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
     if not isinstance(every, int):
@@ -144,8 +144,8 @@ def _has_validation(trainer: Trainer) -> bool:
     if trainer.val_dataloaders is not None:
         return any(trainer.num_val_batches)
     # Lightning asks for the data in the first epoch that validates, when it does
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    return trainer.enable_validation and bool(data.val_dataloader())
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    return trainer.enable_validation and bool(source.dataloader())
 
 
 class CheckedCheckpointIO(TorchCheckpointIO):
@@ -230,14 +230,14 @@ def _size(weight: torch.Tensor | None) -> str:
 def begin_validation_anew(checkpoint: dict[str, Any], *, cut_short: bool) -> None:
     """Let a validation that was cut short run from its beginning, once the run goes on from there.
 
-    Lightning goes by counts of batches: where one was begun and not done it goes on in the middle, without what came
-    before, and elsewhere it leaves the validation out.
+    Lightning goes by counts of batches since the epoch began: where one was begun and not done it goes on in the
+    middle, without what came before, and elsewhere it leaves the validation out.
     """
     progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.val_loop.batch_progress")
     if progress is not None:
         progress["current"] |= dict.fromkeys(progress["current"], 0)
-        if cut_short:
-            progress["total"] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        done = 0 if cut_short else 1
+        progress["total"] |= {"ready": 1, "started": 1, "processed": done, "completed": done}
 
 
 def best_checkpoint(trainer: Trainer) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,6 @@ from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from b3_lightning import __version__
 from b3_lightning.callbacks import (
@@ -56,7 +54,6 @@ from b3_lightning.options import COMMAND
 from b3_lightning.reports.outcome import print_outcome, print_scores
 from b3_lightning.reports.record import RunRecord
 from b3_lightning.reports.wandb_mode import WandbMode, has_wandb_key, is_offline
-from b3_lightning.stopping import noted_signal
 from b3_lightning.terminal import quieten
 from b3_lightning.trainer import LOADING, B3Trainer
 from b3_lightning.verbs import TRAINER_COMMANDS, VERBS
@@ -256,9 +253,6 @@ class B3CLI(LightningCLI):
         except (KeyboardInterrupt, SystemExit) as end:
             if self.trainer.is_global_zero:
                 tell_interrupted(subcommand, Path(self.run.dir))
-                if isinstance(end, SIGTERMException):
-                    # Lightning's is 0: what waits for the run would go on
-                    raise SystemExit(128 + (noted_signal(self.trainer) or signal.SIGTERM)) from end
                 if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's 1 in place of it
                     raise end.__context__ from None
             raise

@@ -20,6 +20,7 @@ from torch.distributed import DistError
 
 from b3_lightning.callbacks import Remine
 from b3_lightning.callbacks.export import is_export
+from b3_lightning.callbacks.requeue import holds_run
 from b3_lightning.checkpoints import last_checkpoint
 from b3_lightning.data import PairsDataModule, PairSource
 from b3_lightning.data.pairs import TeacherPrompts
@@ -27,6 +28,7 @@ from b3_lightning.mining import MinedPlan, MiningSettings
 from b3_lightning.model.embedder import LoadSettings, LoraSettings, SmallEmbedder
 from b3_lightning.options import COMMAND, as_known, nearest
 from b3_lightning.reports.compare import SHOWN
+from b3_lightning.stopping import noted_signal
 from b3_lightning.types import ChunkSettings
 
 log = logging.getLogger(__name__)
@@ -167,6 +169,9 @@ def check_peers(subcommand: str, trainer: L.Trainer, run: Path, error: RuntimeEr
     processes: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
     if not processes or not (isinstance(error, DistError) or "gloo" in str(error)):
         return
+    if noted_signal(trainer) == signal.SIGINT:  # the second Ctrl-C ended them, while this one waited for them
+        tell_interrupted(subcommand, run)
+        raise KeyboardInterrupt from error
     deadline = time.monotonic() + 2  # its connection breaks before the system counts it as ended
     while time.monotonic() < deadline and not any(process.poll() for process in processes):
         time.sleep(0.05)
@@ -194,7 +199,7 @@ def _goes_on(subcommand: str, run: Path) -> str | None:
     last = last_checkpoint(run)
     if subcommand == "fit" and last is not None:
         return f"--ckpt_path={last} goes on from there"
-    if subcommand in ("mine", "plan"):
+    if subcommand in ("mine", "plan") or (subcommand == "fit" and not holds_run(run)):
         return "what was finished is kept, and the same command goes on from there"
     return None
 

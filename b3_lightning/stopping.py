@@ -11,9 +11,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed import ReduceOp
-
-from b3_lightning.checkpoints import validates_after
 
 
 class StopSignals(_SignalConnector):
@@ -64,19 +63,17 @@ class StopTogether(Callback):
         self._n_common = 0
         """Batches that every process has yet to validate before the first of them has its last."""
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        within_step = (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch
-        ends_anyway = trainer.should_stop and trainer.fit_loop._can_stop_early  # with a validation
-        if not (within_step or ends_anyway or validates_after(trainer, batch_idx)):
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if _may_stop(trainer):
             _agree(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._n_common = 0
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            n_batches = torch.tensor(sum(map(int, trainer.num_val_batches)), device=trainer.strategy.root_device)
-            self._n_common = int(trainer.strategy.reduce(n_batches, reduce_op=ReduceOp.MIN)) - 1  # type: ignore[arg-type]
+        if not trainer.sanity_checking and _may_stop(trainer):
+            # what was agreed before would end a validation of two batches, but not another process's of one
+            trainer._signal_connector.received_sigterm = False
+            n_batches = sum(map(int, trainer.num_val_batches))
+            self._n_common = _reduced(n_batches, ReduceOp.MIN, trainer) - 1
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if self._n_common > 0:
@@ -84,8 +81,13 @@ class StopTogether(Callback):
             _agree(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+        if not trainer.sanity_checking and _may_stop(trainer):
             _agree(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # Lightning's exit is 0. Of other processes it stays so: one that fails has the first killed
+        if isinstance(exception, SIGTERMException) and trainer.is_global_zero:
+            exception.code = 128 + (noted_signal(trainer) or signal.SIGTERM)
 
 
 def noted_signal(trainer: Trainer) -> int | None:
@@ -93,6 +95,17 @@ def noted_signal(trainer: Trainer) -> int | None:
     return getattr(trainer._signal_connector, "noted", None)
 
 
+def _may_stop(trainer: Trainer) -> bool:
+    """Not between batches whose gradients are added up, nor where what goes on would have no step left to make."""
+    trains = trainer.state.fn == TrainerFn.FITTING
+    return trains and trainer.global_step != trainer.max_steps and not trainer.fit_loop._should_accumulate()
+
+
 def _agree(trainer: Trainer) -> None:
-    signals = trainer._signal_connector
-    signals.received_sigterm = trainer.strategy.reduce_boolean_decision(noted_signal(trainer) is not None, all=False)
+    signals: Any = trainer._signal_connector
+    signals.noted = _reduced(noted_signal(trainer) or 0, ReduceOp.MAX, trainer) or None
+    signals.received_sigterm = signals.noted is not None
+
+
+def _reduced(number: int, how: Any, trainer: Trainer) -> int:
+    return int(trainer.strategy.reduce(torch.tensor(number, device=trainer.strategy.root_device), reduce_op=how))

@@ -91,7 +91,7 @@ def where_to_begin(folder: Path, settings: str, given: str | None) -> str | None
                 f"--run.dir={other}, or begin anew from its export: --model.embedder={other / 'export'}"
             )
         return path
-    if not any((folder / name).exists() for name in ("metrics.csv", "checkpoints", "export")):
+    if not holds_run(folder):
         return None
     last, restart = last_checkpoint(folder), os.environ.get("SLURM_RESTART_COUNT", "0")
     if restart != "0" and _same_settings(folder / "config.yaml", settings):
@@ -103,6 +103,11 @@ def where_to_begin(folder: Path, settings: str, given: str | None) -> str | None
             return None
     how = f"or go on with it: --ckpt_path={last}" if last is not None else "or remove it: it has no last checkpoint"
     raise ValueError(f"run.dir={folder} holds another run; set --run.dir to a new folder, {how}")
+
+
+def holds_run(folder: Path) -> bool:
+    """Did a run train here? One that only mined so far begins with the same command again."""
+    return any((folder / name).exists() for name in ("metrics.csv", "checkpoints", "export"))
 
 
 def _run_of(checkpoint: Path) -> Path | None:

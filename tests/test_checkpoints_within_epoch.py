@@ -47,14 +47,14 @@ class Stop(L.Callback):
 
 
 class Recorded(StepCheckpoint):
-    """Notes the steps at which it saves."""
+    """Notes the steps at which it saves, and whether it does within a validation, at its end."""
 
     def __init__(self) -> None:
         super().__init__(**ABOUT, every_n_train_steps=2)
-        self.saved: list[int] = []
+        self.saved: list[tuple[int, bool]] = []
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        self.saved.append(trainer.global_step)
+        self.saved.append((trainer.global_step, trainer.validating))
         super()._save_checkpoint(trainer, filepath)
 
 
@@ -92,14 +92,19 @@ def fit(
 @pytest.mark.parametrize(
     ("about", "saved"),
     [
-        ({"val_check_interval": 2, "validate": False, "max_epochs": 1}, [2, 4]),
-        ({"val_check_interval": 2, "check_val_every_n_epoch": 2, "max_epochs": 2}, [2, 4, 8, 10]),
-        ({"val_check_interval": 2, "max_epochs": 1}, [2, 4]),
-        ({"max_epochs": 1}, [2, 4]),
+        ({"val_check_interval": 2, "validate": False, "max_epochs": 1}, [(2, False), (4, False)]),
+        (
+            {"val_check_interval": 2, "check_val_every_n_epoch": 2, "max_epochs": 2},
+            [(2, False), (4, False), (8, True), (10, True)],
+        ),
+        ({"val_check_interval": 2, "max_epochs": 1}, [(2, True), (4, True)]),
+        ({"max_epochs": 1}, [(2, False), (4, False)]),
     ],
     ids=["nothing to validate", "another epoch", "after validation", "at the end"],
 )
-def test_every_so_many_steps_whether_a_validation_follows_or_not(about: dict[str, Any], saved: list[int]) -> None:
+def test_every_so_many_steps_whether_a_validation_follows_or_not(
+    about: dict[str, Any], saved: list[tuple[int, bool]]
+) -> None:
     recorded = Recorded()
     fit(recorded, **about)
     assert recorded.saved == saved

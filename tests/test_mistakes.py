@@ -168,6 +168,10 @@ data:
             "an epoch offers fewer rows of any task than data.batch_size=16, by the weights of data.train_pairs",
         ),
         (
+            ["--trainer.val_check_interval=00:00:10:00"],
+            "trainer.val_check_interval is a time, and .* give it a number of batches, or a part of an epoch",
+        ),
+        (
             ["--trainer.val_check_interval=500"],
             "trainer.val_check_interval=500 is more than the 2 batches of an epoch: set it to at most 2, or .*=null",
         ),

@@ -239,9 +239,11 @@ def test_ctrl_c_while_mining_is_no_traceback_and_says_how_to_go_on(
     assert ended.value.code == 130
     assert handlers == [signal.default_int_handler]
     assert "what was finished is kept, and the same command goes on from there" in caplog.text
+    caplog.clear()
     with pytest.raises(SystemExit) as ended:
         fit("text-text", *settings, "--remine.enabled=true")
     assert ended.value.code == 130
+    assert "what was finished is kept, and the same command goes on from there" in caplog.text
 
 
 def test_two_processes_end_and_the_same_command_goes_on(

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from conftest import Run, losses, validations
 from lightning.pytorch.trainer.states import TrainerFn
+from stopping_worker import once, stop_and_go_on
+from torch.multiprocessing.spawn import spawn
 
-from b3_lightning.checkpoints import CheckedCheckpointIO, validates_after
+from b3_lightning.checkpoints import CheckedCheckpointIO
 from b3_lightning.mistakes import check_peers
-from b3_lightning.model import ContrastiveModule
 from b3_lightning.stopping import StopSignals
 from b3_lightning.trainer import B3Trainer
 
@@ -30,6 +34,9 @@ def _settings(model: str, *others: str) -> list[str]:
         f"--model.embedder={model}", "--data.batches=random", "--trainer.log_every_n_steps=1",
         "--data.eval_batch_size=16", "--trainer.num_sanity_val_steps=0", *others,
     ]  # fmt: skip
+
+
+_TWO_BATCHES_A_STEP = "--trainer.accumulate_grad_batches=2"
 
 
 def _terminate() -> None:
@@ -44,18 +51,13 @@ def _fail() -> None:
     raise RuntimeError("on purpose")
 
 
-def _once(act: Callable[[], None], name: str, step: int, n_calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Act where the module's method is called for the n-th time after so many optimiser steps."""
-    method = getattr(ContrastiveModule, name)
-    calls: list[int] = []
-
-    def acting(module: ContrastiveModule, *given: Any) -> Any:
-        calls.extend([1] * (module.trainer.global_step == step))
-        if module.trainer.global_step == step and len(calls) == n_calls:
-            act()
-        return method(module, *given)
-
-    monkeypatch.setattr(ContrastiveModule, name, acting)
+@contextmanager
+def _once(act: Callable[[], None], name: str, step: int, n_calls: int) -> Iterator[None]:
+    undo = once(act, name, step, n_calls)
+    try:
+        yield
+    finally:
+        undo()
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,8 @@ def wholes() -> dict[tuple[str, ...], tuple[dict[int, str], dict[int, str]]]:
     ("act", "name", "step", "n_calls", "goes_on_at", "settings"),
     [
         (_interrupt, "training_step", 8, 1, 9, ()),
-        (_terminate, "training_step", 3, 1, 4, ("--trainer.accumulate_grad_batches=2",)),
+        (_terminate, "training_step", 3, 1, 4, (_TWO_BATCHES_A_STEP,)),
+        (_terminate, "validation_step", 1, 1, 2, (_TWO_BATCHES_A_STEP, "--trainer.val_check_interval=3")),
         (_terminate, "training_step", 11, 1, 12, ()),  # the last one: its validation is cut short
         (_terminate, "validation_step", 6, 2, 6, ()),
         (_terminate, "validation_step", 6, 6, 6, ()),
@@ -98,10 +101,8 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_losses_and_validations(
     if settings not in wholes:
         whole = fit("text-text", *command, name="whole")
         wholes[settings] = losses(whole), validations(whole)
-    with monkeypatch.context() as patch:
-        _once(act, name, step, n_calls, patch)
-        with pytest.raises((SystemExit, RuntimeError)) as ended:
-            fit("text-text", *command)
+    with _once(act, name, step, n_calls), pytest.raises((SystemExit, RuntimeError)) as ended:
+        fit("text-text", *command)
     if act is not _fail:
         number = signal.SIGTERM if act is _terminate else signal.SIGINT
         assert isinstance(ended.value, SystemExit)
@@ -115,26 +116,28 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_losses_and_validations(
     assert {**before, **validations(run)} == all_validations
 
 
-@pytest.mark.parametrize(
-    ("epoch", "loaded", "n_batches", "pairs", "expected"),
-    [
-        (1, None, [], ["pairs"], True),  # Lightning has not asked for them yet
-        (1, None, [], [], False),
-        (1, [], [], [], False),
-        (1, ["pairs"], [3], ["pairs"], True),
-        (1, ["pairs"], [0], ["pairs"], False),
-        (0, ["pairs"], [3], ["pairs"], False),
-    ],
-)
-def test_a_validation_is_foreseen_before_the_first_one_too(
-    epoch: int, loaded: Any, n_batches: list[int], pairs: list[str], expected: bool
+def test_the_last_step_of_a_run_is_finished_with_its_validation(
+    fit: Run, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer: Any = SimpleNamespace(
-        val_check_batch=4, check_val_every_n_epoch=2, current_epoch=epoch, val_dataloaders=loaded,
-        num_val_batches=n_batches, enable_validation=True, datamodule=SimpleNamespace(val_dataloader=lambda: pairs),
-    )  # fmt: skip
-    assert validates_after(trainer, 3) == expected
-    assert not validates_after(trainer, 2)
+    """What goes on from there would have no step left to make, and would not validate."""
+    with _once(_terminate, "validation_step", 3, 2):
+        run = fit("text-text", *_settings(models["bert"], "--trainer.max_steps=3"))
+    assert sorted(losses(run)) == [0, 1, 2]
+    assert (run / "export" / "modules.json").is_file()
+
+
+def test_a_run_that_is_stopped_twice_in_an_epoch_validates_once_after_each_step(
+    fit: Run, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = _settings(models["bert"], "--trainer.val_check_interval=2")
+    last = f"--ckpt_path={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"
+    found: list[int] = []
+    for step, n_calls, goes_on in ((2, 3, ()), (4, 6, (last,))):
+        with _once(_terminate, "validation_step", step, n_calls), pytest.raises(SystemExit):
+            fit("text-text", *command, *goes_on)
+        found += validations(tmp_path / "run")
+    found += validations(fit("text-text", *command, last))
+    assert found == [1, 3, 5, 7, 9, 11]
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -166,7 +169,8 @@ def test_where_another_process_was_killed_it_is_named_and_how_to_go_on(tmp_path:
     processes = [subprocess.Popen([sys.executable, "-c", f"import os, signal, sys; {end}"]) for end in ends]
     for process in processes:
         process.wait()
-    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(launcher=SimpleNamespace(procs=processes)))
+    launcher, noted = SimpleNamespace(procs=processes), SimpleNamespace(noted=None)
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(launcher=launcher), _signal_connector=noted)
     lost = RuntimeError(
         "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer"
     )
@@ -177,23 +181,59 @@ def test_where_another_process_was_killed_it_is_named_and_how_to_go_on(tmp_path:
     with pytest.raises(ChildProcessError, match=r"rank 1, of 3, failed, and said why$"):
         check_peers("test", trainer, tmp_path, lost)
     check_peers("fit", trainer, tmp_path, RuntimeError("an error of this process alone"))
+    noted.noted = signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):
+        check_peers("fit", trainer, tmp_path, lost)
 
 
-@pytest.mark.parametrize(("strategy", "number"), [("ddp", signal.SIGTERM), ("fsdp2", signal.SIGINT)])
-def test_two_processes_that_all_get_a_signal_end_after_the_same_step(
-    strategy: str, number: signal.Signals, tmp_path: Path, shapes: Path, models: dict[str, str]
+def test_a_signal_to_one_of_two_processes_ends_both_where_they_go_on_to_the_same_losses(
+    tmp_path: Path, shapes: Path, models: dict[str, str]
+) -> None:
+    """Their shares of the 37 rows to validate are 19 and 18: two batches and one."""
+    pq.write_table(pq.read_table(shapes / "text-text.parquet").slice(0, 37), tmp_path / "val.parquet")
+    command = [
+        "fit", *_settings(models["bert"]), "--run.wandb=disabled", f"--data.train_pairs={shapes / 'text-text.parquet'}",
+        "--data.val_pairs=val.parquet", "--data.batch_size=16", "--data.eval_batch_size=18",
+        "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.max_epochs=2",
+        "--trainer.enable_progress_bar=false",
+    ]  # fmt: skip
+    moments = {
+        # before a validation, in a step, and in the first batch of a validation, after which only one has another
+        "ddp": [("training_step", 5, 15), ("training_step", 8, 2), ("validation_step", 12, 15)],
+        "fsdp2": [("training_step", 2, 15), ("validation_step", 6, 2)],
+    }
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    running = spawn(stop_and_go_on, (port, str(tmp_path), command, moments), nprocs=2, join=False)
+    assert running is not None
+    deadline = time.monotonic() + 240
+    try:
+        while not running.join(timeout=1):
+            assert time.monotonic() < deadline, "the processes wait for each other"
+    finally:
+        for process in running.processes:
+            process.kill()
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    for strategy, signals in moments.items():
+        found = first[strategy]
+        assert found["codes"] == [*(128 + number for _, _, number in signals), 0], strategy
+        assert second[strategy]["codes"] == [0] * (len(signals) + 1), strategy
+        assert {name: found[name] for name in found["whole"]} == found["whole"], strategy
+
+
+def test_two_processes_that_both_get_a_signal_end_after_the_same_step(
+    tmp_path: Path, shapes: Path, models: dict[str, str]
 ) -> None:
     pairs, last = shapes / "text-text.parquet", tmp_path / "run" / "checkpoints" / "last.ckpt"
     process = subprocess.Popen(
         [
             sys.executable, "-m", "b3_lightning", "fit", *_settings(models["bert"]), "--run.wandb=disabled",
             "--run.dir=run", f"--data.train_pairs={pairs}", f"--data.val_pairs={pairs}", "--data.batch_size=4",
-            "--trainer.accelerator=cpu", "--trainer.devices=2", f"--trainer.strategy={strategy}",
+            "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp",
             "--trainer.max_epochs=100000", "--trainer.enable_progress_bar=false",
         ],
         cwd=tmp_path, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        # where the tests run in the background the shell has the interrupt ignored, and children inherit that
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 120
@@ -202,12 +242,12 @@ def test_two_processes_that_all_get_a_signal_end_after_the_same_step(
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.1)
         time.sleep(0.5)  # somewhere in the next epoch
-        os.killpg(process.pid, number)
+        os.killpg(process.pid, signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 128 + number, output
+    assert process.returncode == 128 + signal.SIGTERM, output
     assert "Traceback" not in output
     assert output.endswith("ended by a signal: --ckpt_path=run/checkpoints/last.ckpt goes on from there\n")
     assert CheckedCheckpointIO().load_checkpoint(last)["global_step"] == 1 + max(losses(tmp_path / "run"))

@@ -88,6 +88,11 @@ def _check_limits(n_batches: int, trainer: Any) -> None:
             f"trainer.overfit_batches={trainer.overfit_batches}: every epoch has batches of its own, so those of the "
             "first would not come again. To overfit, give data.train_pairs a file of few rows"
         )
+    if trainer._val_check_time_interval is not None:
+        raise ValueError(
+            "trainer.val_check_interval is a time, and a run that goes on would validate after other steps: give it a "
+            "number of batches, or a part of an epoch"
+        )
     every = trainer.val_check_interval
     if isinstance(every, int) and trainer.check_val_every_n_epoch is not None and every > n_trained:
         raise ValueError(
