@@ -47,6 +47,10 @@ def _interrupt() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
+def _interrupt_at_once() -> None:
+    raise KeyboardInterrupt
+
+
 def _fail() -> None:
     raise RuntimeError("on purpose")
 
@@ -124,6 +128,15 @@ def test_the_last_step_of_a_run_is_finished_with_its_validation(
         run = fit("text-text", *_settings(models["bert"], "--trainer.max_steps=3"))
     assert sorted(losses(run)) == [0, 1, 2]
     assert (run / "export" / "modules.json").is_file()
+
+
+def test_what_a_second_ctrl_c_ends_is_not_saved(fit: Run, models: dict[str, str], tmp_path: Path) -> None:
+    """It may come in the middle of an optimiser step."""
+    with _once(_interrupt_at_once, "training_step", 8, 1), pytest.raises(SystemExit) as ended:
+        fit("text-text", *_settings(models["bert"]))
+    assert ended.value.code == 130
+    last = CheckedCheckpointIO().load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert last["global_step"] == 6  # the epoch's end
 
 
 def test_a_run_that_is_stopped_twice_in_an_epoch_validates_once_after_each_step(
