@@ -103,8 +103,10 @@ def _may_stop(trainer: Trainer) -> bool:
 
 def _agree(trainer: Trainer) -> None:
     signals: Any = trainer._signal_connector
-    signals.noted = _reduced(noted_signal(trainer) or 0, ReduceOp.MAX, trainer) or None
-    signals.received_sigterm = signals.noted is not None
+    number = _reduced(noted_signal(trainer) or 0, ReduceOp.MAX, trainer)
+    signals.received_sigterm = number > 0
+    if number > 0:  # else one may have come meanwhile, which the next time is for
+        signals.noted = number
 
 
 def _reduced(number: int, how: Any, trainer: Trainer) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import Run, losses, validations
 from lightning.pytorch.trainer.states import TrainerFn
 from stopping_worker import once, stop_and_go_on
@@ -24,7 +25,7 @@ from torch.multiprocessing.spawn import spawn
 
 from b3_lightning.checkpoints import CheckedCheckpointIO
 from b3_lightning.mistakes import check_peers
-from b3_lightning.stopping import StopSignals
+from b3_lightning.stopping import StopSignals, StopTogether
 from b3_lightning.trainer import B3Trainer
 
 
@@ -128,6 +129,23 @@ def test_the_last_step_of_a_run_is_finished_with_its_validation(
         run = fit("text-text", *_settings(models["bert"], "--trainer.max_steps=3"))
     assert sorted(losses(run)) == [0, 1, 2]
     assert (run / "export" / "modules.json").is_file()
+
+
+def test_a_signal_that_comes_while_processes_agree_is_heeded_the_next_time() -> None:
+    signals = SimpleNamespace(noted=None, received_sigterm=False)
+
+    def reduce(number: torch.Tensor, reduce_op: Any) -> torch.Tensor:
+        signals.noted = signal.SIGTERM
+        return number
+
+    trainer: Any = SimpleNamespace(
+        _signal_connector=signals, state=SimpleNamespace(fn=TrainerFn.FITTING), global_step=1, max_steps=-1,
+        fit_loop=SimpleNamespace(_should_accumulate=lambda: False),
+        strategy=SimpleNamespace(reduce=reduce, root_device=torch.device("cpu")),
+    )  # fmt: skip
+    for heeded in (False, True):
+        StopTogether().on_train_batch_end(trainer)
+        assert (signals.noted, signals.received_sigterm) == (signal.SIGTERM, heeded)
 
 
 def test_what_a_second_ctrl_c_ends_is_not_saved(fit: Run, models: dict[str, str], tmp_path: Path) -> None:
