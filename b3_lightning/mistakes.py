@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from b3_lightning.mining import MinedPlan, MiningSettings
 from b3_lightning.model.embedder import LoadSettings, LoraSettings, SmallEmbedder
 from b3_lightning.options import COMMAND, as_known, nearest
 from b3_lightning.reports.compare import SHOWN
-from b3_lightning.stopping import noted_signal
+from b3_lightning.stopping import noted_signal, started_processes
 from b3_lightning.types import ChunkSettings
 
 log = logging.getLogger(__name__)
@@ -166,7 +165,7 @@ def check_peers(subcommand: str, trainer: L.Trainer, run: Path, error: RuntimeEr
     Raises:
         ChildProcessError: with how to go on.
     """
-    processes: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
+    processes = started_processes(trainer)
     if not processes or not (isinstance(error, DistError) or "gloo" in str(error)):
         return
     if noted_signal(trainer) == signal.SIGINT:  # the second Ctrl-C ended them, while this one waited for them

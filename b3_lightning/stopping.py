@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from types import FrameType
 from typing import Any
 
@@ -69,7 +70,7 @@ class StopTogether(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._n_common = 0
-        if not trainer.sanity_checking and _may_stop(trainer):
+        if _may_stop(trainer):
             # what was agreed before would end a validation of two batches, but not another process's of one
             trainer._signal_connector.received_sigterm = False
             n_batches = sum(map(int, trainer.num_val_batches))
@@ -81,7 +82,7 @@ class StopTogether(Callback):
             _agree(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking and _may_stop(trainer):
+        if _may_stop(trainer):
             _agree(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -95,9 +96,14 @@ def noted_signal(trainer: Trainer) -> int | None:
     return getattr(trainer._signal_connector, "noted", None)
 
 
+def started_processes(trainer: Trainer) -> list[subprocess.Popen[bytes]]:
+    """The other processes of the run that this one started, by rank from 1 on; none where something else did."""
+    return getattr(trainer.strategy.launcher, "procs", [])
+
+
 def _may_stop(trainer: Trainer) -> bool:
     """Not between batches whose gradients are added up, nor where what goes on would have no step left to make."""
-    trains = trainer.state.fn == TrainerFn.FITTING
+    trains = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
     return trains and trainer.global_step != trainer.max_steps and not trainer.fit_loop._should_accumulate()
 
 
@@ -110,4 +116,6 @@ def _agree(trainer: Trainer) -> None:
 
 
 def _reduced(number: int, how: Any, trainer: Trainer) -> int:
+    if trainer.world_size == 1:  # a tensor on a GPU, which is read after every step, would have it wait
+        return number
     return int(trainer.strategy.reduce(torch.tensor(number, device=trainer.strategy.root_device), reduce_op=how))

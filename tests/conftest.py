@@ -12,7 +12,13 @@ os.environ["WANDB_MODE"] = "dryrun"  # offline by another name, of which transfo
 os.environ["WANDB_SILENT"] = "true"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Callable
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -130,3 +136,38 @@ def validations(run: Path) -> dict[int, str]:
     """Step -> the validation's mean reciprocal rank, as written."""
     with (run / "metrics.csv").open(newline="") as file:
         return {int(row["step"]): row["val/mrr"] for row in csv.DictReader(file) if row.get("val/mrr")}
+
+
+def free_port() -> int:
+    """A port that nothing listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def started(*command: str, cwd: Path | None = None) -> Iterator[subprocess.Popen[str]]:
+    """A Python process with pipes; where a test fails, it and all that it started are killed."""
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=cwd,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    """Wait until the process has written a file."""
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,25 @@ Moment = tuple[str, int, int]
 """A method of the module, the number of optimiser steps done when it is called, and the signal that comes then."""
 
 
-def once(act: Callable[[], None], name: str, step: int, n_calls: int = 1) -> Callable[[], None]:
-    """Act where the module's method is called for the n-th time after so many steps; returns what undoes it."""
+@contextmanager
+def once(act: Callable[[], None], name: str, step: int, n_calls: int = 1) -> Iterator[None]:
+    """Act where the module's method is called for the n-th time after so many optimiser steps."""
     method = getattr(ContrastiveModule, name)
-    calls: list[int] = []
+    n_left = n_calls
 
     def acting(module: ContrastiveModule, *given: Any) -> Any:
-        calls.extend([1] * (module.trainer.global_step == step))
-        if module.trainer.global_step == step and len(calls) == n_calls:
-            act()
+        nonlocal n_left
+        if module.trainer.global_step == step:
+            n_left -= 1
+            if n_left == 0:
+                act()
         return method(module, *given)
 
     setattr(ContrastiveModule, name, acting)
-    return lambda: setattr(ContrastiveModule, name, method)
+    try:
+        yield
+    finally:
+        setattr(ContrastiveModule, name, method)
 
 
 def stop_and_go_on(rank: int, port: int, folder: str, command: list[str], moments: dict[str, list[Moment]]) -> None:
@@ -47,11 +54,11 @@ def stop_and_go_on(rank: int, port: int, folder: str, command: list[str], moment
         main([*settings, f"--run.dir={whole}"])
         found: dict[str, Any] = {"codes": [], "losses": {}, "validations": {}}
         for name, step, number in [*signals, ("", 0, 0)]:
-            undo = once(partial(signal.raise_signal, number), name, step) if rank and name else None
+            stops = rank == 1 and name
             last = run / "checkpoints" / "last.ckpt"
-            found["codes"].append(_code([*settings, f"--run.dir={run}", *([f"--ckpt_path={last}"] * last.exists())]))
-            if undo is not None:
-                undo()
+            goes_on = [f"--ckpt_path={last}"] if last.exists() else []
+            with once(partial(signal.raise_signal, number), name, step) if stops else nullcontext():
+                found["codes"].append(_code([*settings, f"--run.dir={run}", *goes_on]))
             if rank == 0:
                 found["losses"] |= losses(run)
                 found["validations"] |= validations(run)

@@ -8,7 +8,6 @@ import math
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import free_port
 from PIL import Image
 from rich.console import Console
 from sentence_transformers import SentenceTransformer
@@ -408,10 +408,7 @@ def test_two_processes_find_what_one_does(
     given = ["evaluate", "--suite", "sts", "--model", models["bert"], "--data", str(data), "--device", "cpu"]
     given += ["--wandb", "disabled", "--batch-size", "2", "--output"]
     main([*given, str(tmp_path / "one")])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment = {**os.environ, **shared, "RANK": "1", "LOCAL_RANK": "1"}
     second = [sys.executable, "-m", "b3_lightning", *given, str(tmp_path / "two")]
     process = subprocess.Popen(second, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

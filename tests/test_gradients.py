@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from conftest import free_port
 from gradients_worker import SIDES, WAYS_OVER_PROCESSES, Bag, backward_of, batch_of, loss_of, train_in_process
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
@@ -26,10 +26,7 @@ from b3_lightning.types import ChunkSettings
 
 def test_gradients_over_processes_equal_those_of_the_whole_batch(tmp_path: Path) -> None:
     world_size = 3
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn(train_in_process, (world_size, port, str(tmp_path)), nprocs=world_size)
+    spawn(train_in_process, (world_size, free_port(), str(tmp_path)), nprocs=world_size)
     for way, (_, sparse) in enumerate(WAYS_OVER_PROCESSES):
         model = Bag(dropout=0.0)
         backward_of(model, 0, 1, None, sparse=sparse)

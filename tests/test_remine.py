@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Run
+from conftest import Run, free_port
 from stages_worker import share_and_fail
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
@@ -71,10 +70,7 @@ def test_a_failure_keeps_the_plan_or_stops(
 
 
 def test_where_one_process_fails_none_waits_for_ever(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn(share_and_fail, (port, str(tmp_path)), nprocs=2)
+    spawn(share_and_fail, (free_port(), str(tmp_path)), nprocs=2)
     assert [Path(tmp_path, str(rank)).read_text() for rank in (0, 1)] == ["PeerError", "ValueError"]
 
 

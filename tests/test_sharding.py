@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import free_port
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -164,10 +164,7 @@ def test_gradients_of_cut_weights_equal_those_of_the_whole_batch(
     models: dict[str, str], shapes: Path, tmp_path: Path
 ) -> None:
     paths = {"text": models["bert_without_dropout"], "vl": models["qwen2_vl"]}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn(_worker, (port, str(tmp_path), paths, str(shapes)), nprocs=2)
+    spawn(_worker, (free_port(), str(tmp_path), paths, str(shapes)), nprocs=2)
     for way, (kinds, _) in enumerate(WAYS):
         module = _module(paths[kinds], kinds, None)
         _backward(module, _batch(module.embedder, shapes, kinds, 0, 1, None))

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run
+from conftest import Run, started, wait_for
 
 from b3_lightning import cli
 from b3_lightning.cli import main
@@ -50,25 +47,6 @@ def mine(*vectors, **about):
 miner.mine = mine
 main()
 """
-
-
-@contextmanager
-def _started(*command: str, cwd: Path | None = None) -> Iterator[subprocess.Popen[str]]:
-    """A process with pipes; where a test fails, it and all that it started are killed."""
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        cwd=cwd,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
 
 
 CHILD = """
@@ -118,7 +96,7 @@ def _noted() -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("when", ["now", "due"])
 def test_a_busy_process_ends_with_those_it_started_and_says_so(when: str) -> None:
-    with _started("-c", BUSY, when) as process:
+    with started("-c", BUSY, when) as process:
         if when == "now":
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
@@ -130,7 +108,7 @@ def test_a_busy_process_ends_with_those_it_started_and_says_so(when: str) -> Non
 
 
 def test_the_first_process_of_a_container_ends_too() -> None:
-    with _started("-c", FIRST_OF_A_CONTAINER) as process:
+    with started("-c", FIRST_OF_A_CONTAINER) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGTERM)
@@ -139,7 +117,7 @@ def test_the_first_process_of_a_container_ends_too() -> None:
 
 
 def test_a_process_ends_with_the_one_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    with _started("-c", CHILD, "parent", CHILD) as process:
+    with started("-c", CHILD, "parent", CHILD) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGKILL)
@@ -154,7 +132,7 @@ def test_a_process_ends_with_the_one_that_started_it(monkeypatch: pytest.MonkeyP
 
 
 def test_who_loads_data_is_spared_the_signal_of_its_group_and_ends_by_that_of_its_parent() -> None:
-    with _started("-c", LOADS) as process:
+    with started("-c", LOADS) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline() == "0\n"
@@ -260,12 +238,8 @@ def test_two_processes_end_and_the_same_command_goes_on(
     script.write_text(MINES_FOR_EVER)
     left = tmp_path / "run" / "cache" / "vectors-0" / ".part-000000.safetensors.1.tmp"
     two = ("--trainer.devices=2", "--trainer.strategy=ddp")
-    with _started(str(script), *arguments, *two, cwd=tmp_path) as process:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "mining").exists():
-            assert time.monotonic() < deadline
-            assert process.poll() is None, process.communicate()[1]
-            time.sleep(0.1)
+    with started(str(script), *arguments, *two, cwd=tmp_path) as process:
+        wait_for(tmp_path / "mining", process)
         left.parent.mkdir()
         left.touch()
         process.send_signal(signal.SIGTERM)

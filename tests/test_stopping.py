@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import Run, losses, validations
+from conftest import Run, free_port, losses, started, validations, wait_for
 from lightning.pytorch.trainer.states import TrainerFn
 from stopping_worker import once, stop_and_go_on
 from torch.multiprocessing.spawn import spawn
@@ -54,15 +52,6 @@ def _interrupt_at_once() -> None:
 
 def _fail() -> None:
     raise RuntimeError("on purpose")
-
-
-@contextmanager
-def _once(act: Callable[[], None], name: str, step: int, n_calls: int) -> Iterator[None]:
-    undo = once(act, name, step, n_calls)
-    try:
-        yield
-    finally:
-        undo()
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +95,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_losses_and_validations(
     if settings not in wholes:
         whole = fit("text-text", *command, name="whole")
         wholes[settings] = losses(whole), validations(whole)
-    with _once(act, name, step, n_calls), pytest.raises((SystemExit, RuntimeError)) as ended:
+    with once(act, name, step, n_calls), pytest.raises((SystemExit, RuntimeError)) as ended:
         fit("text-text", *command)
     if act is not _fail:
         number = signal.SIGTERM if act is _terminate else signal.SIGINT
@@ -121,11 +110,9 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_losses_and_validations(
     assert {**before, **validations(run)} == all_validations
 
 
-def test_the_last_step_of_a_run_is_finished_with_its_validation(
-    fit: Run, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_last_step_of_a_run_is_finished_with_its_validation(fit: Run, models: dict[str, str]) -> None:
     """What goes on from there would have no step left to make, and would not validate."""
-    with _once(_terminate, "validation_step", 3, 2):
+    with once(_terminate, "validation_step", 3, 2):
         run = fit("text-text", *_settings(models["bert"], "--trainer.max_steps=3"))
     assert sorted(losses(run)) == [0, 1, 2]
     assert (run / "export" / "modules.json").is_file()
@@ -139,7 +126,8 @@ def test_a_signal_that_comes_while_processes_agree_is_heeded_the_next_time() -> 
         return number
 
     trainer: Any = SimpleNamespace(
-        _signal_connector=signals, state=SimpleNamespace(fn=TrainerFn.FITTING), global_step=1, max_steps=-1,
+        _signal_connector=signals, state=SimpleNamespace(fn=TrainerFn.FITTING), sanity_checking=False, global_step=1,
+        max_steps=-1, world_size=2,
         fit_loop=SimpleNamespace(_should_accumulate=lambda: False),
         strategy=SimpleNamespace(reduce=reduce, root_device=torch.device("cpu")),
     )  # fmt: skip
@@ -150,7 +138,7 @@ def test_a_signal_that_comes_while_processes_agree_is_heeded_the_next_time() -> 
 
 def test_what_a_second_ctrl_c_ends_is_not_saved(fit: Run, models: dict[str, str], tmp_path: Path) -> None:
     """It may come in the middle of an optimiser step."""
-    with _once(_interrupt_at_once, "training_step", 8, 1), pytest.raises(SystemExit) as ended:
+    with once(_interrupt_at_once, "training_step", 8, 1), pytest.raises(SystemExit) as ended:
         fit("text-text", *_settings(models["bert"]))
     assert ended.value.code == 130
     last = CheckedCheckpointIO().load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
@@ -158,13 +146,13 @@ def test_what_a_second_ctrl_c_ends_is_not_saved(fit: Run, models: dict[str, str]
 
 
 def test_a_run_that_is_stopped_twice_in_an_epoch_validates_once_after_each_step(
-    fit: Run, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fit: Run, models: dict[str, str], tmp_path: Path
 ) -> None:
     command = _settings(models["bert"], "--trainer.val_check_interval=2")
     last = f"--ckpt_path={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"
     found: list[int] = []
     for step, n_calls, goes_on in ((2, 3, ()), (4, 6, (last,))):
-        with _once(_terminate, "validation_step", step, n_calls), pytest.raises(SystemExit):
+        with once(_terminate, "validation_step", step, n_calls), pytest.raises(SystemExit):
             fit("text-text", *command, *goes_on)
         found += validations(tmp_path / "run")
     found += validations(fit("text-text", *command, last))
@@ -233,10 +221,7 @@ def test_a_signal_to_one_of_two_processes_ends_both_where_they_go_on_to_the_same
         "ddp": [("training_step", 5, 15), ("training_step", 8, 2), ("validation_step", 12, 15)],
         "fsdp2": [("training_step", 2, 15), ("validation_step", 6, 2)],
     }
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    running = spawn(stop_and_go_on, (port, str(tmp_path), command, moments), nprocs=2, join=False)
+    running = spawn(stop_and_go_on, (free_port(), str(tmp_path), command, moments), nprocs=2, join=False)
     assert running is not None
     deadline = time.monotonic() + 240
     try:
@@ -257,28 +242,18 @@ def test_two_processes_that_both_get_a_signal_end_after_the_same_step(
     tmp_path: Path, shapes: Path, models: dict[str, str]
 ) -> None:
     pairs, last = shapes / "text-text.parquet", tmp_path / "run" / "checkpoints" / "last.ckpt"
-    process = subprocess.Popen(
-        [
-            sys.executable, "-m", "b3_lightning", "fit", *_settings(models["bert"]), "--run.wandb=disabled",
-            "--run.dir=run", f"--data.train_pairs={pairs}", f"--data.val_pairs={pairs}", "--data.batch_size=4",
-            "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp",
-            "--trainer.max_epochs=100000", "--trainer.enable_progress_bar=false",
-        ],
-        cwd=tmp_path, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 120
-        while not last.exists():
-            assert time.monotonic() < deadline
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.1)
+    command = [
+        "-m", "b3_lightning", "fit", *_settings(models["bert"]), "--run.wandb=disabled", "--run.dir=run",
+        f"--data.train_pairs={pairs}", f"--data.val_pairs={pairs}", "--data.batch_size=4", "--trainer.accelerator=cpu",
+        "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=100000",
+        "--trainer.enable_progress_bar=false",
+    ]  # fmt: skip
+    with started(*command, cwd=tmp_path) as process:
+        wait_for(last, process)
         time.sleep(0.5)  # somewhere in the next epoch
         os.killpg(process.pid, signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 128 + signal.SIGTERM, output
-    assert "Traceback" not in output
-    assert output.endswith("ended by a signal: --ckpt_path=run/checkpoints/last.ckpt goes on from there\n")
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "Traceback" not in output + errors
+    assert errors.endswith("ended by a signal: --ckpt_path=run/checkpoints/last.ckpt goes on from there\n")
     assert CheckedCheckpointIO().load_checkpoint(last)["global_step"] == 1 + max(losses(tmp_path / "run"))

@@ -30,7 +30,7 @@ from b3_lightning.mining.store import sha256
 from b3_lightning.mining.whatif import Questions, TaskAnswer, what_if
 from b3_lightning.progress import StageProgress
 from b3_lightning.signals import ends_at_once
-from b3_lightning.stopping import noted_signal
+from b3_lightning.stopping import noted_signal, started_processes
 from b3_lightning.types import Embeddings
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class PairMiner:
         how = "the same command goes on" if last is None else f"--ckpt_path={last} goes on"
         return ends_at_once(
             f"ended by a signal while mining; what was finished is kept, and {how} from there",
-            others=[process.pid for process in getattr(trainer.strategy.launcher, "procs", [])],
+            others=[process.pid for process in started_processes(trainer)],
             tells=trainer.local_rank == 0,
             due=noted_signal(trainer),
         )

@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from b3_lightning.mining.lock import FolderLock
-from b3_lightning.mining.store import write_bytes
+from b3_lightning.mining.store import remove_unfinished, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +104,7 @@ class Stages:
             if not lock.take(seconds=0):
                 log.warning("waiting: %s is in use by %s", self.folder, lock.holder())
                 lock.take()
-            for unfinished in self.folder.glob("*/.*.tmp"):  # of a process that was killed
-                unfinished.unlink()
+            remove_unfinished(*self.folder.glob("*/"))
         self.processes.barrier()
         try:
             yield

@@ -29,6 +29,13 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def remove_unfinished(*folders: Path) -> None:
+    """Remove what a process that was killed had begun to write there: under the lock of whoever writes there now."""
+    for folder in folders:
+        for temporary in folder.glob(".*.tmp"):
+            temporary.unlink()
+
+
 def check_folder(folder: Path) -> None:
     """Refuse a folder's name that a file has, or a folder above it, before anything is computed for it."""
     for path in (folder, *folder.parents):

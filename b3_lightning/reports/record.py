@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from b3_lightning.mining.lock import FolderLock
-from b3_lightning.mining.store import write_text
+from b3_lightning.mining.store import remove_unfinished, write_text
 from b3_lightning.reports.runs import read_csv_rows
 
 _PATIENCE_S = 10.0
@@ -36,8 +36,7 @@ class RunRecord:
 
         What a process that was killed had begun to write is removed.
         """
-        for unfinished in [*self._folder.glob(".*.tmp"), *(self._folder / "checkpoints").glob(".*.tmp")]:
-            unfinished.unlink()
+        remove_unfinished(self._folder, self._folder / "checkpoints")
         if self._config.is_file():
             self._before = self._config.read_text(encoding="utf-8")
         write_text(self._config, settings)
