@@ -4,7 +4,7 @@ VENV ?= .venv
 WORKERS ?= 2
 RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
 
-.PHONY: help demo compare test test-rapids check docs clean
+.PHONY: help demo compare test test-rapids test-lowest test-highest check docs clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -43,6 +43,19 @@ test-rapids: $(VENV)-rapids/installed  ## install the real GPU packages (8 GB), 
 		b3_lightning/mining/gpu.py b3_lightning/mining/many_gpus.py
 	HF_HUB_OFFLINE=1 $(VENV)-rapids/bin/python -m pytest tests/rapids tests/gpu tests/test_gpu.py
 
+# what pyproject.toml allows, where constraints.txt says what is tested every time
+$(VENV)-lowest-direct/installed $(VENV)-highest/installed: $(VENV)-%/installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet uv
+	$(@D)/bin/uv pip install --quiet --python $(@D) --resolution $* --editable '.[dev]'
+	touch $@
+
+test-lowest: $(VENV)-lowest-direct/installed  ## run the tests with the lowest versions that pyproject.toml allows (8 GB)
+	HF_HUB_OFFLINE=1 $(<D)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+
+test-highest: $(VENV)-highest/installed  ## run the tests with the newest versions, as pip install would get them (8 GB)
+	HF_HUB_OFFLINE=1 $(<D)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+
 check: $(VENV)/installed  ## format, lint, types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
@@ -60,4 +73,4 @@ docs: $(VENV)-docs/installed  ## build the documentation site into build/site; a
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict  # with --quiet, warnings would pass
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) $(VENV)-docs build/site data/glyphs runs/quickstart runs/quickstart-random
+	rm -rf $(VENV) $(VENV)-* build/site data/glyphs runs/quickstart runs/quickstart-random

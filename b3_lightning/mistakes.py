@@ -102,7 +102,7 @@ def _as_choice(message: str) -> str:
         return message
     name, types, value = wrong.groups()
     of_class = r"<class '([\w.]+)'>"
-    kinds = re.findall(of_class, types)
+    kinds = sorted(re.findall(of_class, types), key="NoneType".__eq__)  # null, which versions list anywhere, last
     if "float" in kinds:
         kinds = [kind for kind in kinds if kind != "int"]  # which is a number too
     words = [(_KINDS | {"NoneType": "null"}).get(kind) for kind in kinds]
