@@ -29,7 +29,10 @@ compare: data/glyphs/train.parquet  ## train on random batches, compare the two
 	$(RUN) -m b3_lightning compare runs/quickstart-random runs/quickstart --output compare.html
 
 test: $(VENV)/installed  ## run the tests
-	$(RUN) -m pytest --numprocesses $(WORKERS) --dist worksteal
+test-lowest: $(VENV)-lowest-direct/installed  ## the same with the lowest versions that pyproject.toml allows (8 GB)
+test-highest: $(VENV)-highest/installed  ## the same with the newest, as pip install would get them (8 GB)
+test test-lowest test-highest:
+	HF_HUB_OFFLINE=1 $(<D)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 $(VENV)-rapids/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-rapids
@@ -49,12 +52,6 @@ $(VENV)-lowest-direct/installed $(VENV)-highest/installed: $(VENV)-%/installed: 
 	$(@D)/bin/pip install --quiet uv
 	$(@D)/bin/uv pip install --quiet --python $(@D) --resolution $* --editable '.[dev]'
 	touch $@
-
-test-lowest: $(VENV)-lowest-direct/installed  ## run the tests with the lowest versions that pyproject.toml allows (8 GB)
-	HF_HUB_OFFLINE=1 $(<D)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal
-
-test-highest: $(VENV)-highest/installed  ## run the tests with the newest versions, as pip install would get them (8 GB)
-	HF_HUB_OFFLINE=1 $(<D)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 check: $(VENV)/installed  ## format, lint, types
 	$(VENV)/bin/ruff format --check .
